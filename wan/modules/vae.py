@@ -1,0 +1,382 @@
+"""The two video VAEs of Wan as one network configured by numbers, and upstream 2.1's wrapper `WanVAE`.
+
+VAE 2.1 lists its levels flat and works on pixels; VAE 2.2 groups them, adds shortcuts around the groups and works on
+2x2 pixel patches. All sizes are read from a checkpoint's shapes, so tiny ones load through the same code.
+
+Shapes: B batch, C latent channels, T video frames, H video height, W video width; t, h, w the latent's.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.modules.vae_blocks import (
+    Causal,
+    CausalConv3d,
+    Chain,
+    DownGroup,
+    Downsample,
+    FrameCache,
+    ResidualBlock,
+    UpGroup,
+    Upsample,
+    fold,
+    head,
+    middle,
+    pairs,
+    residual_blocks,
+    unfold,
+)
+
+# Statistics of the published latents per channel (Wan2.1/wan/modules/vae.py:628, Wan2.2/wan/modules/vae2_2.py:899).
+LATENT_MEAN = {
+    16: (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ),
+    48: (
+        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    ),
+}  # fmt: skip
+LATENT_STD = {
+    16: (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ),
+    48: (
+        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """The numbers that make a Wan VAE; the defaults are VAE 2.1."""
+
+    z_dim: int = 16
+    encoder_dim: int = 96
+    decoder_dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_down: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 1
+    grouped: bool = False
+    """Levels in groups with a shortcut around each (2.2) instead of one flat list (2.1)."""
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VAEConfig:
+        """Read from the shapes of a state dict with upstream's keys; raises BadCheckpoint if it is no Wan VAE."""
+        pattern = re.compile(r"encoder\.downsamples\.(\d+)(?:\.downsamples\.(\d+))?\.(?:residual\.2|resample\.1)\.weight")
+        found = [match for key in shapes if (match := pattern.fullmatch(key))]
+        found.sort(key=lambda match: (int(match[1]), int(match[2] or 0)))
+        widths: list[list[int]] = [[]]
+        temporal: list[bool] = []
+        for match in found:
+            if ".resample." in match[0]:
+                temporal.append(match[0].replace("resample.1", "time_conv") in shapes)
+                widths.append([])
+            else:
+                widths[-1].append(shapes[match[0]][0])
+        try:
+            base, pixels = shapes["encoder.conv1.weight"][:2]
+            return cls(
+                z_dim=shapes["conv2.weight"][0],
+                encoder_dim=base,
+                decoder_dim=shapes["decoder.head.0.gamma"][0],
+                dim_mult=tuple(level[0] // base for level in widths),
+                num_res_blocks=len(widths[0]),
+                temporal_down=tuple(temporal),
+                patch_size=math.isqrt(pixels // 3),
+                grouped=found[0][2] is not None,
+            )
+        except (KeyError, IndexError) as missing:
+            raise BadCheckpoint(
+                f"not a Wan VAE: {missing} is not in its {len(shapes)} tensors; "
+                "pass Wan2.1_VAE.pth, Wan2.2_VAE.pth or a file with the same keys"
+            ) from missing
+
+
+VAE_2_1 = VAEConfig()
+VAE_2_2 = VAEConfig(z_dim=48, encoder_dim=160, decoder_dim=256, patch_size=2, grouped=True)
+
+
+class Encoder3d(Causal):
+    """Pixels or patches [B, C, T, H, W] to means and log-variances [B, 2z, t, h, w]."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths = [config.encoder_dim * factor for factor in (1, *config.dim_mult)]
+        stages: list[nn.Module] = []
+        for index, (width_in, width) in enumerate(pairs(widths)):
+            down = index < len(config.temporal_down)
+            temporal = down and config.temporal_down[index]
+            if config.grouped:
+                stages.append(DownGroup(width_in, width, config.num_res_blocks, down, temporal))
+                continue
+            stages.extend(residual_blocks(width_in, width, config.num_res_blocks))
+            if down:
+                stages.append(Downsample(width, temporal))
+        self.conv1 = CausalConv3d(3 * config.patch_size**2, widths[0], 3)
+        self.downsamples = Chain(*stages)
+        self.middle = middle(widths[-1])
+        self.head = head(widths[-1], 2 * config.z_dim)
+
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        x = self.downsamples(self.conv1(x, cache), cache)
+        return self.head(self.middle(x, cache), cache)
+
+
+class Decoder3d(Causal):
+    """Latents [B, z, t, h, w] to pixels or patches [B, C, T, H, W]."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        mult = config.dim_mult[::-1]
+        widths = [config.decoder_dim * factor for factor in (mult[0], *mult)]
+        stages: list[nn.Module] = []
+        for index, (width_in, width) in enumerate(pairs(widths)):
+            up = index < len(config.temporal_down)
+            temporal = up and config.temporal_down[::-1][index]
+            if config.grouped:
+                stages.append(UpGroup(width_in, width, config.num_res_blocks + 1, up, temporal))
+                continue
+            # The flat form halves the channels while up-sampling, so the next level starts with half.
+            stages.extend(residual_blocks(width_in // 2 if index else width_in, width, config.num_res_blocks + 1))
+            if up:
+                stages.append(Upsample(width, width // 2, temporal))
+        self.conv1 = CausalConv3d(config.z_dim, widths[0], 3)
+        self.middle = middle(widths[0])
+        self.upsamples = Chain(*stages)
+        self.head = head(widths[-1], 3 * config.patch_size**2)
+
+    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        x = self.middle(self.conv1(x, cache), cache)
+        return self.head(self.upsamples(x, cache), cache)
+
+
+class WanVAEModel(nn.Module):
+    """Encoder and decoder with upstream's parameter names; latents are normalised per channel, videos lie in -1..1.
+
+    Works in the dtype of its parameters; latents come out in at least float32.
+    """
+
+    def __init__(self, config: VAEConfig = VAE_2_1) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder3d(config)
+        self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, 1)
+        self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
+        self.decoder = Decoder3d(config)
+
+    @property
+    def z_dim(self) -> int:
+        """Latent channels."""
+        return self.config.z_dim
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Video frames, rows and columns per latent frame, row and column (the first latent frame is one frame)."""
+        space = self.config.patch_size * 2 ** len(self.config.temporal_down)
+        return 2 ** sum(self.config.temporal_down), space, space
+
+    @property
+    def mean(self) -> Tensor:
+        """[z] float32, on the module's device: the published latents' mean, or 0 for an unpublished z."""
+        return self._statistics(LATENT_MEAN, 0.0)
+
+    @property
+    def std(self) -> Tensor:
+        """[z] float32, on the module's device: the published latents' deviation, or 1 for an unpublished z."""
+        return self._statistics(LATENT_STD, 1.0)
+
+    @property
+    def scale(self) -> list[Tensor]:
+        """[mean, 1 / std], the form upstream hands around."""
+        return [self.mean, 1.0 / self.std]
+
+    def _statistics(self, table: Mapping[int, Sequence[float]], default: float) -> Tensor:
+        # Made from constants when asked for: as buffers they would be lost on meta and rounded by .to(bfloat16).
+        values = table.get(self.z_dim, (default,) * self.z_dim)
+        return torch.tensor(values, dtype=torch.float32, device=self.conv2.weight.device)
+
+    def check_video(self, num_frames: int, height: int, width: int) -> None:
+        """Raise BadRequest unless encoding would use every frame and every pixel."""
+        time, space, _ = self.stride
+        extra = (num_frames - 1) % time
+        if num_frames < 1 or extra:
+            below = max(num_frames - extra, 1)
+            raise BadRequest(
+                f"cannot encode {num_frames!r} frames: the VAE takes {time}n+1 frames; "
+                f"pass {below} or {below + time if num_frames > 0 else 1 + time}"
+            )
+        if height % space or width % space or not height or not width:
+            near = [max(round(side / space), 1) * space for side in (height, width)]
+            raise BadRequest(
+                f"cannot encode {width}x{height} pixels: the VAE takes multiples of {space}; "
+                f"resize to {near[1]}x{near[0]}"
+            )
+
+    def encode(
+        self, video: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
+    ) -> Tensor:
+        """Normalised latents [B, z, t, h, w] of a video [B, 3, T, H, W] in -1..1, T = 1 + 4n.
+
+        `frames_per_chunk` latent frames are computed at a time (None: the whole clip, the way to train); the result
+        is the same. `scale` replaces the module's [mean, 1 / std]. Raises BadRequest on sizes that would be cut.
+        """
+        self.check_video(*video.shape[2:])
+        time, _, _ = self.stride
+        chunk = frames_per_chunk or video.shape[2]
+        cache = FrameCache() if chunk * time < video.shape[2] else None
+        ends = range(1 + (chunk - 1) * time, video.shape[2] + chunk * time, chunk * time)
+        means = []
+        start = 0
+        for end in ends:
+            frames = self._to_patches(video[:, :, start:end].to(self.conv1.weight.dtype))
+            means.append(self.conv1(self.encoder(frames, cache)).chunk(2, dim=1)[0])
+            start = end
+        mean, inverse_std = self._scale(scale)
+        return (torch.cat(means, dim=2) - mean) * inverse_std
+
+    def decode_chunks(
+        self, latents: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
+    ) -> Iterator[Tensor]:
+        """Yield the video of normalised latents [B, z, t, h, w] as consecutive frames [B, 3, n, H, W], not clamped.
+
+        `frames_per_chunk` latent frames are decoded at a time (None: all): more is faster for small videos, peak
+        memory grows with it, the result is the same. The first latent frame gives one frame, the others four each.
+        """
+        mean, inverse_std = self._scale(scale)
+        z = self.conv2((latents / inverse_std + mean).to(self.conv2.weight.dtype))
+        chunk = frames_per_chunk or z.shape[2]
+        cache = FrameCache() if chunk < z.shape[2] else None
+        for part in z.split(chunk, dim=2):
+            yield self._to_pixels(self.decoder(part, cache))
+
+    def decode(
+        self, latents: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
+    ) -> Tensor:
+        """The whole video [B, 3, T, H, W] of normalised latents [B, z, t, h, w], not clamped."""
+        return torch.cat(list(self.decode_chunks(latents, scale, frames_per_chunk=frames_per_chunk)), dim=2)
+
+    def forward(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """(reconstruction, latents) of a whole clip in one differentiable pass."""
+        latents = self.encode(video, frames_per_chunk=None)
+        return self.decode(latents, frames_per_chunk=None), latents
+
+    def _scale(self, scale: Sequence[Tensor] | None) -> list[Tensor]:
+        return [value.view(1, -1, 1, 1, 1) for value in (self.scale if scale is None else scale)]
+
+    def _to_patches(self, video: Tensor) -> Tensor:
+        """[B, 3, T, H, W] to [B, 3 * p * p, T, H/p, W/p]; channels ordered (colour, column, row)."""
+        if self.config.patch_size == 1:
+            return video
+        return fold(video, 1, self.config.patch_size).transpose(3, 4).flatten(1, 4)
+
+    def _to_pixels(self, patches: Tensor) -> Tensor:
+        """The inverse of `_to_patches`."""
+        size = self.config.patch_size
+        if size == 1:
+            return patches
+        return unfold(patches.unflatten(1, (3, 1, size, size)).transpose(3, 4))
+
+
+def build_vae(shapes: Mapping[str, Sequence[int]]) -> WanVAEModel:
+    """A VAE on the meta device with exactly the parameters in `shapes` (upstream's keys); raises BadCheckpoint."""
+    with torch.device("meta"):
+        model = WanVAEModel(VAEConfig.from_shapes(shapes))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(shape) for key, shape in shapes.items()}
+    wrong = sorted(key for key in expected.keys() | given.keys() if expected.get(key) != given.get(key))
+    if wrong:
+        key = wrong[0]
+        raise BadCheckpoint(
+            f"not a Wan VAE: {len(wrong)} tensors do not fit, the first is {key!r} with shape {given.get(key)}, "
+            f"expected {expected.get(key)}; pass Wan2.1_VAE.pth, Wan2.2_VAE.pth or a file with the same keys"
+        )
+    return model
+
+
+def load_vae(path: str | os.PathLike[str]) -> WanVAEModel:
+    """The VAE in a file with upstream's keys, in eval mode, on the CPU, in the file's dtype; raises BadCheckpoint."""
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    model = build_vae({key: value.shape for key, value in weights.items()})
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+class WanVAE:
+    """Upstream 2.1's VAE: lists (or batches) of videos [3, T, H, W] in -1..1 to latents [z, t, h, w] and back.
+
+    Attributes as upstream's: model, mean, std, scale, dtype, device. Sizes are read from the file; a z_dim that
+    contradicts it raises BadCheckpoint.
+    """
+
+    def __init__(
+        self,
+        z_dim: int = 16,
+        vae_pth: str | os.PathLike[str] = "cache/vae_step_411000.pth",
+        dtype: torch.dtype = torch.float,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        self.model = load_vae(vae_pth).to(device=device, dtype=dtype)
+        if self.model.z_dim != z_dim:
+            raise BadCheckpoint(f"{vae_pth!r} has {self.model.z_dim} latent channels, z_dim={z_dim!r} was asked for")
+
+    @classmethod
+    def from_model(cls, model: WanVAEModel) -> WanVAE:
+        """The same interface over a model that is already loaded (and may be moved by its owner)."""
+        wrapper = cls.__new__(cls)
+        wrapper.model = model
+        return wrapper
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the network computes in."""
+        return self.model.conv2.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is now."""
+        return self.model.conv2.weight.device
+
+    @property
+    def mean(self) -> Tensor:
+        """[z] float32."""
+        return self.model.mean
+
+    @property
+    def std(self) -> Tensor:
+        """[z] float32."""
+        return self.model.std
+
+    @property
+    def scale(self) -> list[Tensor]:
+        """[mean, 1 / std]."""
+        return self.model.scale
+
+    def encode(self, videos: Iterable[Tensor]) -> list[Tensor]:
+        """Latents [z, t, h, w] (float32) of videos [3, T, H, W], T = 1 + 4n; raises BadRequest on other sizes."""
+        return [self.model.encode(video.unsqueeze(0)).float().squeeze(0) for video in videos]
+
+    def decode(self, zs: Iterable[Tensor]) -> list[Tensor]:
+        """Videos [3, T, H, W] (float32, clamped to -1..1) of latents [z, t, h, w]."""
+        return [self.model.decode(z.unsqueeze(0)).float().clamp_(-1, 1).squeeze(0) for z in zs]
