@@ -1,0 +1,138 @@
+"""One declaration per option: a dataclass field made by `option()` is at once a command-line flag with an on and an
+off spelling, a keyword of the constructors, a preset key and a row of the documentation. All go by the field's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from wan.engine.errors import BadRequest
+
+UNSET: Any = None
+"""Default of every flag in the namespace: lets a preset or a task's config fill what the user did not spell."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option's field declares; `name` is also the namespace key, keyword and preset key."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    flags: tuple[str, ...]
+    off: tuple[str, ...]
+    takes_bool: bool
+
+    @property
+    def is_switch(self) -> bool:
+        return bool in _alternatives(self.type)
+
+    @property
+    def choices(self) -> tuple[Any, ...]:
+        return tuple(value for kind in _alternatives(self.type) if get_origin(kind) is Literal for value in get_args(kind))
+
+
+def option(default: Any, help: str, *, flags: Sequence[str] = (), off: Sequence[str] = (), takes_bool: bool = False) -> Any:
+    """A dataclass field that is an option.
+
+    `flags` are the on spellings (default `--<field name>`), `off` those that switch it off (default
+    `--no-<field name>` for switches). `takes_bool`: the flag needs a value (`--offload_model False`), as upstream's.
+    """
+    metadata = {"option": True, "help": help, "flags": tuple(flags), "off": tuple(off), "takes_bool": takes_bool}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(cls: type) -> list[Option]:
+    """The options a dataclass declares, in order."""
+    hints = typing.get_type_hints(cls)
+    found = []
+    for f in dataclasses.fields(cls):
+        if not f.metadata.get("option"):
+            continue
+        flags = f.metadata["flags"] or (f"--{f.name}",)
+        off = f.metadata["off"]
+        if not off and bool in _alternatives(hints[f.name]):
+            off = (f"--no-{f.name}",)
+        found.append(Option(f.name, hints[f.name], f.default, f.metadata["help"], flags, off, f.metadata["takes_bool"]))
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, options: Iterable[Option]) -> None:
+    """Add the flags of `options`; every one defaults to None, "not spelled"."""
+    for o in options:
+        if o.is_switch and not o.takes_bool:
+            parser.add_argument(*o.flags, dest=o.name, action=Spelling, nargs=0, const=True, default=UNSET, help=o.help)
+        else:
+            parser.add_argument(
+                *o.flags, dest=o.name, action=Spelling, default=UNSET, help=o.help,
+                type=str2bool if o.is_switch else _value_type(o.type), choices=o.choices or None,
+                metavar=None if o.choices else o.name.upper(),
+            )  # fmt: skip
+        if o.off:
+            parser.add_argument(
+                *o.off, dest=o.name, action=Spelling, nargs=0, const=False, default=UNSET, help=argparse.SUPPRESS
+            )
+
+
+class Spelling(argparse.Action):
+    """Stores a value and refuses a second spelling of the same option that says something else."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        value = self.const if self.nargs == 0 else values
+        spelled: dict[str, tuple[str, Any]] = namespace.__dict__.setdefault("_spelled", {})
+        said = f"{option_string}" if self.nargs == 0 else f"{option_string} {values}"
+        before = spelled.get(self.dest)
+        if before is not None and before[1] != value:
+            parser.error(f"{before[0]} and {said} contradict each other: give one of them")
+        spelled[self.dest] = (said, value)
+        setattr(namespace, self.dest, value)
+
+
+def str2bool(value: str | bool) -> bool:
+    """Upstream's spelling of booleans: yes/true/t/y/1 and no/false/f/n/0 in any case."""
+    if isinstance(value, bool):
+        return value
+    text = value.lower()
+    if text in ("yes", "true", "t", "y", "1"):
+        return True
+    if text in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{value!r} is not a boolean: say True or False")
+
+
+def check_value(o: Option, value: Any, source: str) -> Any:
+    """`value` if `o` accepts it, else BadRequest naming `source` (a preset file, a keyword)."""
+    if value is None and type(None) in _alternatives(o.type):
+        return value
+    if o.choices:
+        if value not in o.choices:
+            raise BadRequest(f"{source}: {o.name} = {value!r} is not one of {', '.join(map(str, o.choices))}")
+        return value
+    kinds = tuple(kind for kind in _alternatives(o.type) if isinstance(kind, type))
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise BadRequest(f"{source}: {o.name} = {value!r} is not a {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _value_type(kind: Any) -> Any:
+    plain = [k for k in _alternatives(kind) if k in (int, float, str)]
+    return plain[0] if plain else str

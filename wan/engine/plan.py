@@ -1,0 +1,169 @@
+"""How to run: the chosen optimisations, checked together before any weight is read and applied in one fixed order."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from wan.engine.errors import IncompatibleOptions
+from wan.engine.hardware import Hardware
+from wan.engine.options import Option, check_value, options_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from wan.engine.engine import Engine
+
+Grade = Literal["bitwise", "rounding", "lossy"]
+
+
+class Order(enum.IntEnum):
+    """When an optimisation is applied. Two of one order commute or conflict."""
+
+    RUNTIME = enum.auto()
+    MERGE = enum.auto()
+    DTYPE = enum.auto()
+    QUANTIZE = enum.auto()
+    LAYERS = enum.auto()
+    COMPILE = enum.auto()
+    BRANCHES = enum.auto()
+    TRUNK = enum.auto()
+    SHARD = enum.auto()
+    PLACEMENT = enum.auto()
+    STEP_CACHE = enum.auto()
+    WINDOWS = enum.auto()
+    GUIDANCE = enum.auto()
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """The class name of another optimisation this one cannot run with, why, and on which hardware (default: all)."""
+
+    other: str
+    why: str
+    when: Callable[[Hardware], bool] = lambda hardware: True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """Base of every optimisation: a frozen dataclass whose fields are `option()`s, the first one the switch.
+
+    Four moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Subclasses with
+    `per_call` may be changed for one `generate` call; their `apply` runs at the start of every run, that of the
+    others once after loading.
+    """
+
+    order: ClassVar[Order]
+    grade: ClassVar[Grade]
+    tolerance: ClassVar[float] = 0.0
+    conflicts: ClassVar[tuple[Conflict, ...]] = ()
+    per_call: ClassVar[bool] = False
+
+    @property
+    def enabled(self) -> bool:
+        """False when the switch has its off value: False, None, 0 or "off"."""
+        switch = dataclasses.fields(self)[0]
+        return getattr(self, switch.name) not in (False, None, 0, "off")
+
+    def check(self, hardware: Hardware) -> None:
+        """Raise IncompatibleOptions or MissingPackage if this cannot run here."""
+
+    def convert(self, module: nn.Module, name: str) -> None:
+        """Change the module while it is on the meta device."""
+
+    def transform(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Iterable[tuple[str, Tensor]]:
+        """Change, rename or add to the stream of weights."""
+        return weights
+
+    def place(self, module: nn.Module, name: str) -> Callable[[str, Tensor], torch.device] | None:
+        """Where each weight lands; None leaves it to the placement policy. At most one optimisation per component."""
+        return None
+
+    def apply(self, engine: Engine) -> None:
+        """Act on the finished engine: register seam wrappers, set placement policies."""
+
+
+O = TypeVar("O", bound=Optimization)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A set of optimisations. Frozen: `changed` returns another plan."""
+
+    optimizations: tuple[Optimization, ...] = ()
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
+    """Option name -> why it has its value ("flag", "preset h100: ...", ...), for the log."""
+
+    @classmethod
+    def of(
+        cls,
+        registry: Iterable[type[Optimization]],
+        values: Mapping[str, Any],
+        *,
+        source: str = "keyword",
+        reasons: Mapping[str, str] | None = None,
+    ) -> Plan:
+        """The plan these option values describe. Options not in `values`, or None there, keep their defaults.
+
+        Raises IncompatibleOptions for a name no optimisation declares, BadRequest for a value it does not accept.
+        """
+        registry = tuple(registry)
+        known = {o.name: (o, cls_) for cls_ in registry for o in options_of(cls_)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise IncompatibleOptions(f"{source}: no option is called {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        chosen: dict[type[Optimization], dict[str, Any]] = {cls_: {} for cls_ in registry}
+        for name, value in values.items():
+            if value is not None:
+                declared, owner = known[name]
+                chosen[owner][name] = check_value(declared, value, source)
+        return cls(tuple(owner(**fields) for owner, fields in chosen.items()), dict(reasons or {}))
+
+    def changed(self, registry: Iterable[type[Optimization]], values: Mapping[str, Any], *, source: str = "keyword") -> Plan:
+        """This plan with some option values replaced; None leaves a value as it is."""
+        now = {name: value for optimization in self.optimizations for name, value in vars(optimization).items()}
+        given = {name: value for name, value in values.items() if value is not None}
+        return Plan.of(registry, now | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)})
+
+    def enabled(self) -> Iterator[Optimization]:
+        """Those switched on, in the order of application."""
+        return iter(sorted((o for o in self.optimizations if o.enabled), key=lambda o: o.order))
+
+    def get(self, kind: type[O]) -> O:
+        """The optimisation of this class, with its defaults where the plan has none."""
+        return next((o for o in self.optimizations if isinstance(o, kind)), None) or kind()
+
+    def check(self, hardware: Hardware) -> None:
+        """Raise the first reason why this plan cannot run on `hardware`, naming both sides and the cure."""
+        active = {type(o).__name__: o for o in self.enabled()}
+        for name, optimization in active.items():
+            optimization.check(hardware)
+            for conflict in optimization.conflicts:
+                if conflict.other in active and conflict.when(hardware):
+                    mine, other = (switch_flag(type(o)) for o in (optimization, active[conflict.other]))
+                    raise IncompatibleOptions(f"{mine} and {other} do not go together: {conflict.why}. Drop one of them.")
+
+    def describe(self) -> str:
+        """One line for the log: what is on, and why where that is known."""
+        parts = []
+        for optimization in self.enabled():
+            for o in options_of(type(optimization)):
+                value = getattr(optimization, o.name)
+                if value != o.default or o.name in self.reasons:
+                    reason = f" ({self.reasons[o.name]})" if o.name in self.reasons else ""
+                    parts.append(f"{o.name}={value}{reason}")
+        return ", ".join(parts) or "plain"
+
+
+def options(registry: Iterable[type[Optimization]]) -> list[Option]:
+    """Every option of every optimisation in `registry`."""
+    return [o for cls in registry for o in options_of(cls)]
+
+
+def switch_flag(kind: type[Optimization]) -> str:
+    """The flag a user types to switch this optimisation on."""
+    return options_of(kind)[0].flags[0]
