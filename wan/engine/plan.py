@@ -52,9 +52,9 @@ class Conflict:
 class Optimization:
     """Base of every optimisation: a frozen dataclass whose fields are `option()`s, the first one the switch.
 
-    Four moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Subclasses with
-    `per_call` may be changed for one `generate` call; their `apply` runs at the start of every run, that of the
-    others once after loading.
+    Five moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
+    first used, so what changes a finished network is `finish`. Subclasses with `per_call` may be changed for one
+    `generate` call: their `apply` runs at the start of every run, that of the others once when the engine is built.
     """
 
     order: ClassVar[Order]
@@ -83,8 +83,11 @@ class Optimization:
         """Where each weight lands; None leaves it to the placement policy. At most one optimisation per component."""
         return None
 
+    def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
+        """Change a network that has just been loaded: swap attention backends, compile its blocks."""
+
     def apply(self, engine: Engine) -> None:
-        """Act on the finished engine: register seam wrappers, set placement policies."""
+        """Act on the engine: process-wide settings, seam wrappers, placement policies."""
 
 
 O = TypeVar("O", bound=Optimization)

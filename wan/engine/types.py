@@ -228,6 +228,16 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class Progress(Protocol):
+    """Who listens to a run. `seconds` is the duration of the step just done."""
+
+    def stage(self, name: str, detail: str = "") -> None: ...
+
+    def step(self, step: Step, seconds: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
 @dataclass(frozen=True)
 class Layout:
     """Token grid of the latents after patchify (frames, rows, columns), for sparse and windowed attention."""
