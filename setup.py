@@ -31,7 +31,7 @@ class BuildWithData(build_py):
 setup(
     name="wan-engine",
     version="0.1.0",
-    description="Wan 2.1 and 2.2 video generation: one core, upstream's checkpoints, flags and API, pluggable optimisations",
+    description="Wan 2.1 and 2.2 video generation: upstream's checkpoints, flags and API, pluggable optimisations",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
