@@ -53,8 +53,8 @@ class Optimization:
     """Base of every optimisation: a frozen dataclass whose fields are `option()`s, the first one the switch.
 
     Five moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
-    first used, so what changes a finished network is `finish`. Subclasses with `per_call` may be changed for one
-    `generate` call: their `apply` runs at the start of every run, that of the others once when the engine is built.
+    first used, so what changes a finished network is `finish`; `apply` runs at the start of every run, on cleared
+    wrappers and policies. Options of subclasses with `per_call` may be changed for one `generate` call.
     """
 
     order: ClassVar[Order]
@@ -128,9 +128,12 @@ class Plan:
 
     def changed(self, registry: Iterable[type[Optimization]], values: Mapping[str, Any], *, source: str = "keyword") -> Plan:
         """This plan with some option values replaced; None leaves a value as it is."""
-        now = {name: value for optimization in self.optimizations for name, value in vars(optimization).items()}
         given = {name: value for name, value in values.items() if value is not None}
-        return Plan.of(registry, now | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)})
+        return Plan.of(registry, self.values() | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)})
+
+    def values(self) -> dict[str, Any]:
+        """Option name -> value, for every option of every optimisation in the plan."""
+        return {name: value for optimization in self.optimizations for name, value in vars(optimization).items()}
 
     def enabled(self) -> Iterator[Optimization]:
         """Those switched on, in the order of application."""

@@ -1,0 +1,32 @@
+"""Wan video generation: upstream's package, classes loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wan import configs as configs
+    from wan import distributed as distributed
+    from wan import modules as modules
+    from wan.text2video import WanT2V as WanT2V
+    from wan.text2video_optimized import WanT2VOptimized as WanT2VOptimized
+
+__version__ = "0.1.0"
+
+_CLASSES = {"WanT2V": "wan.text2video", "WanT2VOptimized": "wan.text2video_optimized"}
+_PACKAGES = ("configs", "distributed", "modules", "utils")
+
+__all__ = ["WanT2V", "WanT2VOptimized", "configs", "distributed", "modules"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"wan.{name}")
+    raise AttributeError(f"module 'wan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_CLASSES, *_PACKAGES})

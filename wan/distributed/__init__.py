@@ -1,0 +1,1 @@
+"""Upstream's import path for parallel execution. Single-process in this version; nothing lives here yet."""

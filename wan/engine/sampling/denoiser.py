@@ -1,0 +1,51 @@
+"""The innermost denoiser: asks the model for each branch of a step. Batching and windows replace or wrap it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wan.engine.types import Condition, Step
+
+
+class VelocityModel(Protocol):
+    """What the engine asks of a DiT."""
+
+    def velocity(
+        self, latents: Tensor, timestep: Tensor, condition: Condition, step: Step | None, branches: tuple[str, ...]
+    ) -> Tensor: ...
+
+
+class Sequential:
+    """One forward per branch, in the order of the branches."""
+
+    def __init__(self, dit: VelocityModel) -> None:
+        self.dit = dit
+
+    def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        return {name: velocity(self.dit, latents, step, branch, (name,)) for name, branch in branches.items()}
+
+
+def velocity(dit: VelocityModel, latents: Tensor, step: Step, condition: Condition, branches: tuple[str, ...]) -> Tensor:
+    """One forward: latents [1, C, T, H, W] repeated to the condition's batch B; velocity [B, C, T, H, W]."""
+    batch = condition.context.shape[0]
+    latents = latents.expand(batch, *latents.shape[1:])
+    return dit.velocity(latents, timesteps(step, condition, batch, latents), condition, step, branches)
+
+
+def timesteps(step: Step, condition: Condition, batch: int, latents: Tensor) -> Tensor:
+    """Float32 timesteps [B], or [B, T] where frames differ: `frame_t` if given, else `t`, and 0 where frozen."""
+    if step.frame_t is not None:
+        values = condition.once(f"frame_t:{step.index}", lambda: torch.tensor([step.frame_t], device=latents.device))
+        values = values.expand(batch, -1)
+    else:
+        # Filled on the device: a copy from the host would wait for the queue.
+        values = torch.full((batch,), step.t, dtype=torch.float32, device=latents.device)
+    if condition.frozen is None:
+        return values
+    # A frame rests at timestep 0 only where all of it is known.
+    moving = 1 - condition.frozen.amin(dim=(1, 3, 4))
+    return (values[:, None] if values.ndim == 1 else values) * moving

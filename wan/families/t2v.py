@@ -1,0 +1,58 @@
+"""Text to video, Wan 2.1 (one expert) and 2.2 (two experts by noise level), and text to image as its one-frame case."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from wan.conditioning.text import encode_prompts, pad_context
+from wan.configs import WAN_CONFIGS
+from wan.engine.sampling.guidance import cfg
+from wan.engine.sampling.schedule import flow_steps
+from wan.engine.types import Coefficients, Condition, Encoders, Family, Request, Shot, Step
+from wan.modules.t5 import encode_texts
+
+
+def text_branches(request: Request, shot: Shot, encoders: Encoders) -> dict[str, Condition]:
+    """Unconditional and conditional branch; they differ in the text alone."""
+    with encoders.use("text_encoder") as encoder:
+        encode = partial(encode_texts, encoder, encoder.tokenizer)
+        prompts = [request.negative_prompt, request.prompt]
+        texts = encode_prompts(encode, prompts, next(encoder.parameters()).device)
+    context = pad_context(texts, encoders.config.text_len).to(encoders.device, non_blocking=True)
+    return {"uncond": Condition(context=context[:1]), "cond": Condition(context=context[1:])}
+
+
+def expert_schedule(request: Request, config: Any) -> tuple[Step, ...]:
+    """Flow-matching steps; timesteps at or above the config's boundary belong to the high-noise expert."""
+    boundary = config.get("boundary")
+    if boundary is None:
+        return flow_steps(request.solver, request.steps, request.shift)
+    threshold = boundary * config.num_train_timesteps
+    return flow_steps(request.solver, request.steps, request.shift, lambda t: "high" if t >= threshold else "low")
+
+
+def one_shot(request: Request, config: Any, index: int, carry: Tensor | None) -> Shot | None:
+    """The whole video at once."""
+    if index:
+        return None
+    time, rows, columns = config.vae_stride
+    frames = (request.num_frames - 1) // time + 1
+    return Shot(latent_shape=(config.get("z_dim", 16), frames, request.height // rows, request.width // columns))
+
+
+def guidance(request: Request, config: Any) -> Coefficients:
+    """Classifier-free guidance with one scale per expert."""
+    return cfg(request.guide_scale)
+
+
+FAMILY = Family(
+    name="t2v",
+    configs={task: config for task, config in WAN_CONFIGS.items() if task.startswith(("t2v", "t2i"))},
+    branches=text_branches,
+    schedule=expert_schedule,
+    coefficients=guidance,
+    next_shot=one_shot,
+)
