@@ -82,7 +82,13 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": ("torch", "triton"),
 }
 
-ENVIRONMENT_READERS = {"wan/engine/hardware.py", "wan/cli/env.py", "wan/utils/prompt_extend.py"}
+# wan/configs only sets a default for the tokenizer, as upstream does.
+ENVIRONMENT_READERS = {
+    "wan/engine/hardware.py",
+    "wan/cli/env.py",
+    "wan/utils/prompt_extend.py",
+    "wan/configs/__init__.py",
+}
 
 MAX_LINES = 400
 DUPLICATE_RUN = 8
