@@ -1,4 +1,4 @@
-"""Runs a command, measures wall time and peak memory of RAM and GPU from outside, and keeps the row in a Markdown table.
+"""Runs a command, measures its wall time and peak memory (RAM and GPU) from outside, keeps the row in a Markdown table.
 
     python tools/measure_run.py --name test1 --table wok/README.md -- python generate.py ...
 
