@@ -1,0 +1,236 @@
+"""The transformer block of the DiT, what it reads, and the places where a family may add to it.
+
+Precision is explicit, never autocast: the residual stream, norms, modulation and rotary run in float32; Linear layers
+run in the dtype of `inputs.context`. With float32 weights everything is float32.
+
+Letters: B batch, L tokens, S text tokens, U distinct timesteps, N heads, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.engine.errors import BadRequest
+from wan.engine.ops.attention import sdpa, windowed
+from wan.engine.ops.linear import project
+from wan.engine.ops.modulate import gated_add, norm_modulate
+from wan.engine.ops.rope import rotate
+from wan.engine.types import Condition, Layout, token
+
+if TYPE_CHECKING:
+    from wan.modules.model import WanModel
+
+__all__ = [
+    "Adapter",
+    "BlockInputs",
+    "WanAttentionBlock",
+    "WanCrossAttention",
+    "WanLayerNorm",
+    "WanRMSNorm",
+    "WanSelfAttention",
+]
+
+SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layout | None], Tensor]
+RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Tensor]
+
+
+def call_block(block: nn.Module, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+    """The plain `run_block`."""
+    out: Tensor = block(tokens, inputs)
+    return out
+
+
+def keep(tokens: Tensor) -> Tensor:
+    """The plain `gather`: all tokens are here already."""
+    return tokens
+
+
+@dataclass(kw_only=True)
+class BlockInputs:
+    """What every block of one forward reads. Fields with `token(dim)` are aligned with tokens."""
+
+    modulation: Tensor
+    """[B, U, 6, D] float32, one row per distinct timestep."""
+    rows: Tensor | None = token(dim=0, default=None)
+    """[L] which row each token uses; None when one row serves all."""
+    rope: Tensor = token(dim=0)
+    """[L, 1, D_head / 2, 2] float32 cosine and sine."""
+    frames: Tensor = token(dim=0)
+    """[L] latent frame of each token, -1 outside the grid."""
+    context: Tensor
+    """[B, S, D] text tokens in the compute dtype."""
+    layout: Layout
+    """Token grid of the latents."""
+    features: dict[str, Tensor] = field(default_factory=dict)
+    """Adapters' tensors (audio, face, image), batch first."""
+    residuals: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
+    """Evaluated and added after the block of that number, one at a time."""
+    constant_rows: Mapping[float, int] = field(default_factory=dict)
+    """Row of each constant timestep that an adapter asked for."""
+    branches: tuple[str, ...] = ("cond",)
+    """Names of the equal parts of the batch."""
+    run_block: RunBlock = call_block
+    """How adapters run their own blocks."""
+    gather: Callable[[Tensor], Tensor] = keep
+    """All tokens from local ones, for the rare adapter that needs them."""
+
+
+class Adapter(nn.Module):
+    """What a family adds to the DiT. The base class adds nothing."""
+
+    timesteps: tuple[float, ...] = ()
+    """Constant timesteps whose modulation rows the adapter needs, see `BlockInputs.constant_rows`."""
+    after: tuple[int, ...] = ()
+    """Number of the main block after which each of `blocks` runs; empty puts them first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+
+    def embed(
+        self, dit: WanModel, tokens: Tensor, inputs: BlockInputs, condition: Condition
+    ) -> tuple[Tensor, BlockInputs]:
+        """Before the trunk, on all tokens: add to them, or append tokens with their rope, row and frame -1."""
+        return tokens, inputs
+
+    def sides(self, tokens: Tensor, inputs: BlockInputs, condition: Condition) -> None:
+        """Inside the trunk, on local tokens: fill `inputs.residuals`, running own blocks by `inputs.run_block`."""
+
+
+class WanRMSNorm(nn.Module):
+    """Root mean square norm over the last dim; statistics in float32, the weight applied in the input's dtype."""
+
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
+        return F.rms_norm(x, (self.dim,), eps=self.eps) * self.weight
+
+
+class WanLayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32 whatever dtype its weights are stored in."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = False) -> None:
+        super().__init__(dim, elementwise_affine=elementwise_affine, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class WanSelfAttention(nn.Module):
+    """Attention of the tokens among themselves. `attend` may be replaced or wrapped from outside."""
+
+    role = "self"
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: tuple[int, int] = (-1, -1), qk_norm: bool = True, eps: float = 1e-6
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise BadRequest(f"dim {dim!r} cannot be split into {num_heads!r} heads; choose a multiple of num_heads")
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.window_size, self.qk_norm, self.eps = window_size, qk_norm, eps
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+        self.extras = nn.ModuleDict()
+        self.attend: Attend = sdpa if tuple(window_size) == (-1, -1) else partial(windowed, window_size=window_size)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, N, D / N]."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim))
+
+    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs, dtype: torch.dtype) -> Tensor:
+        """The attention output and that of every extra, summed, through the output projection."""
+        for extra in self.extras.values():
+            out = out + extra(q, inputs)
+        projected: Tensor = self.o(out.flatten(2).to(dtype))
+        return projected
+
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        q, k, v = project(x, self.q, self.k, self.v)
+        q = rotate(self.heads(self.norm_q(q)), inputs.rope)
+        k = rotate(self.heads(self.norm_k(k)), inputs.rope)
+        out = self.attend(q.to(v.dtype), k.to(v.dtype), self.heads(v), inputs.layout)
+        return self.merge(out, q, inputs, x.dtype)
+
+
+class WanCrossAttention(WanSelfAttention):
+    """Attention of the tokens to the text."""
+
+    role = "cross"
+
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        q = self.heads(self.norm_q(self.q(x)))
+        k, v = project(inputs.context, self.k, self.v)
+        k = self.heads(self.norm_k(k))
+        out = self.attend(q.to(v.dtype), k.to(v.dtype), self.heads(v), None)
+        return self.merge(out, q, inputs, x.dtype)
+
+
+class WanAttentionBlock(nn.Module):
+    """Self attention, cross attention and feed-forward on a float32 residual stream."""
+
+    def __init__(
+        self,
+        cross_attn_type: str,
+        dim: int,
+        ffn_dim: int,
+        num_heads: int,
+        window_size: tuple[int, int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = False,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.dim, self.ffn_dim, self.num_heads, self.eps = dim, ffn_dim, num_heads, eps
+        self.norm1 = WanLayerNorm(dim, eps)
+        self.self_attn = WanSelfAttention(dim, num_heads, window_size, qk_norm, eps)
+        self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
+        self.cross_attn = WanCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps)
+        self.norm2 = WanLayerNorm(dim, eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.inserts = nn.ModuleDict({site: nn.ModuleList() for site in SITES})
+
+    def insert(self, site: str, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        """What the modules hung on this place make of the tokens."""
+        for module in self.inserts[site]:
+            tokens = module(tokens, inputs)
+        return tokens
+
+    def self_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        x = norm_modulate(tokens, shift, scale, inputs.rows, self.eps).to(inputs.context.dtype)
+        return gated_add(tokens, self.self_attn(x, inputs), gate, inputs.rows)
+
+    def cross_part(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        return tokens + self.cross_attn(self.norm3(tokens).to(inputs.context.dtype), inputs)
+
+    def ffn_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        x = norm_modulate(tokens, shift, scale, inputs.rows, self.eps).to(inputs.context.dtype)
+        return gated_add(tokens, self.ffn(x), gate, inputs.rows)
+
+    def forward(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+        """tokens float32 [B, L, D] -> the same shape; the input is not written."""
+        rows = (self.modulation.float() + inputs.modulation).unbind(2)
+        tokens = self.insert("after_self_attn", self.self_part(tokens, inputs, *rows[:3]), inputs)
+        tokens = self.insert("after_cross_attn", self.cross_part(tokens, inputs), inputs)
+        return self.insert("after_ffn", self.ffn_part(tokens, inputs, *rows[3:]), inputs)

@@ -1,0 +1,383 @@
+"""The one DiT of Wan 2.1 and 2.2, with upstream's constructor arguments and parameter names.
+
+The engine calls `WanModel.velocity`; `WanModel.forward` is upstream's list signature over it. Families add to it by
+adapters (`wan.modules.blocks.Adapter`), optimisations by wrapping `run_block`, `trunk` and `attention.attend`.
+
+Letters: B batch, C channels, T/H/W latent frames/height/width, L tokens, S text tokens, U distinct timesteps, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.ops.rope import grid_table
+from wan.engine.types import Condition, Layout, Step
+from wan.modules.blocks import Adapter, BlockInputs, RunBlock, WanAttentionBlock, call_block
+from wan.modules.embedding import Head, linear32, patchify, sinusoidal_embedding_1d, unpatchify
+
+__all__ = ["Head", "WanModel", "build_dit", "sinusoidal_embedding_1d"]
+
+Trunk = Callable[[Tensor, BlockInputs, Condition, Step | None], Tensor]
+
+FLOAT32_KEYS = re.compile(r"(^|\.)(norm\w*|modulation|time_embedding|time_projection|head)\.|(^|\.)modulation$")
+
+
+class FrozenConfig(dict[str, Any]):
+    """The constructor's arguments, read as `config.dim` or `config["dim"]`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class WanModel(nn.Module):
+    """The diffusion transformer of Wan: text-to-video, image channels and per-frame timesteps.
+
+    Source: Wan Team 2025, arXiv:2503.20314; parameter names follow `wan/modules/model.py` of Wan 2.1 and 2.2.
+    """
+
+    def __init__(
+        self,
+        model_type: str = "t2v",
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        text_len: int = 512,
+        in_dim: int = 16,
+        dim: int = 2048,
+        ffn_dim: int = 8192,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        out_dim: int = 16,
+        num_heads: int = 16,
+        num_layers: int = 32,
+        window_size: tuple[int, int] = (-1, -1),
+        qk_norm: bool = True,
+        cross_attn_norm: bool = True,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.config = FrozenConfig(arguments)
+        self.model_type = model_type
+        self.patch_size: tuple[int, int, int] = (patch_size[0], patch_size[1], patch_size[2])
+        self.text_len, self.text_dim, self.freq_dim = text_len, text_dim, freq_dim
+        self.in_dim, self.out_dim, self.dim, self.ffn_dim = in_dim, out_dim, dim, ffn_dim
+        self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
+        self.window_size, self.qk_norm, self.cross_attn_norm = window_size, qk_norm, cross_attn_norm
+
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
+        self.blocks = nn.ModuleList(
+            WanAttentionBlock("cross", dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps)
+            for _ in range(num_layers)
+        )
+        self.head = Head(dim, out_dim, self.patch_size, eps)
+        self.adapters = nn.ModuleDict()
+        self.run_block: RunBlock = call_block
+        self._trunk: Trunk | None = None
+        self.init_weights()
+
+    @property
+    def trunk(self) -> Trunk:
+        """The seam between embedding and head; assign a wrapper to replace it."""
+        return self._trunk or self.plain_trunk
+
+    @trunk.setter
+    def trunk(self, trunk: Trunk) -> None:
+        # A stored method of its own would keep the whole network alive until the garbage collector runs.
+        self._trunk = None if trunk == self.plain_trunk else trunk
+
+    def velocity(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        condition: Condition,
+        step: Step | None = None,
+        branches: tuple[str, ...] = ("cond",),
+    ) -> Tensor:
+        """The velocity at `latents`, float32 [B, out_dim, T, H, W].
+
+        latents [B, C, T, H, W]; timestep [B], [B, T] (one per latent frame) or [B, L] (one per token), 0..1000, of any
+        real dtype. Text embeddings and rotary tables are kept in `condition`, which must not be shared between
+        weights that change (training) or experts that `step` does not name. Nothing here waits for the device.
+        """
+        if timestep.ndim == 1:
+            return self._predict(latents, timestep[:, None], None, condition, step, branches)
+        frames, rows = latents.shape[2] // self.patch_size[0], None
+        if timestep.shape[1] == frames:
+            rows = self._frames(self._grid(latents), latents.device)
+        elif timestep.shape[1] == math.prod(self._grid(latents)):
+            rows = torch.arange(timestep.shape[1], device=latents.device)
+        elif timestep.shape[1] != 1:
+            raise BadRequest(
+                f"timestep of shape {tuple(timestep.shape)!r} fits neither one per sample nor one per latent frame "
+                f"({frames}) nor one per token ({math.prod(self._grid(latents))})"
+            )
+        return self._predict(latents, timestep, rows, condition, step, branches)
+
+    def _predict(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        rows: Tensor | None,
+        condition: Condition,
+        step: Step | None,
+        branches: tuple[str, ...],
+    ) -> Tensor:
+        """`velocity` with the distinct timesteps [B, U] and the row [L] of each token."""
+        grid = self._grid(latents)
+        if condition.channels is not None:
+            latents = torch.cat((latents, condition.channels.to(latents.dtype)), 1)
+        if latents.shape[1] != self.in_dim:
+            raise BadRequest(
+                f"latents and conditioning have {latents.shape[1]!r} channels; this model takes {self.in_dim}"
+            )
+        dtype = self.patch_embedding.weight.dtype
+        tokens = patchify(latents.to(dtype), self.patch_embedding).float()
+        embedding, constant_rows = self._embed_time(timesteps)
+        if constant_rows and rows is None:
+            rows = torch.zeros(tokens.shape[1], dtype=torch.long, device=tokens.device)
+        expert = step.expert if step is not None else "dit"
+        inputs = BlockInputs(
+            modulation=self._project_time(embedding),
+            rows=rows,
+            rope=condition.once(f"rope:{grid}", lambda: grid_table(grid, self.dim // self.num_heads, tokens.device)),
+            frames=condition.once(f"frames:{grid}", lambda: self._frames(grid, tokens.device)),
+            context=condition.once(f"text:{expert}", lambda: self.embed_text(condition.context)),
+            layout=Layout(grid, math.prod(grid)),
+            constant_rows=constant_rows,
+            branches=branches,
+            run_block=self.run_block,
+        )
+        for adapter in self._adapters():
+            tokens, inputs = adapter.embed(self, tokens, inputs, condition)
+        tokens = self.trunk(tokens, inputs, condition, step)[:, : math.prod(grid)]
+        return unpatchify(self.head(tokens, embedding, rows), grid, self.patch_size)
+
+    def plain_trunk(self, tokens: Tensor, inputs: BlockInputs, condition: Condition, step: Step | None) -> Tensor:
+        """All blocks, and what adapters add between them; `trunk` is this until it is wrapped."""
+        for adapter in self._adapters():
+            adapter.sides(tokens, inputs, condition)
+        for index, block in enumerate(self.blocks):
+            tokens = self.run_block(block, tokens, inputs)
+            if index in inputs.residuals:
+                tokens = tokens + inputs.residuals[index]()
+        return tokens
+
+    def all_blocks(self) -> list[nn.Module]:
+        """Main and adapter blocks in the order they run."""
+        order: list[tuple[int, int, nn.Module]] = [(index, 0, block) for index, block in enumerate(self.blocks)]
+        for adapter in self._adapters():
+            places = adapter.after or (-1,) * len(adapter.blocks)
+            order += [(place, 1, block) for place, block in zip(places, adapter.blocks, strict=True)]
+        return [block for _, _, block in sorted(order, key=lambda entry: entry[:2])]
+
+    def embed_text(self, context: Tensor) -> Tensor:
+        """Text embeddings [B, S, text_dim], zero-padded to the text length -> [B, text_len, D] in the compute dtype."""
+        if context.shape[1] > self.text_len:
+            raise BadRequest(f"the text has {context.shape[1]!r} tokens; this model takes at most {self.text_len}")
+        context = F.pad(context, (0, 0, 0, self.text_len - context.shape[1]))
+        embedded: Tensor = self.text_embedding(context.to(self.patch_embedding.weight.dtype))
+        return embedded
+
+    def _adapters(self) -> Sequence[Adapter]:
+        return list(self.adapters.values())  # type: ignore[arg-type]
+
+    def _grid(self, latents: Tensor) -> tuple[int, int, int]:
+        sizes = latents.shape[2:]
+        if len(sizes) != 3 or any(size % patch for size, patch in zip(sizes, self.patch_size, strict=True)):
+            raise BadRequest(
+                f"latents of shape {tuple(latents.shape)!r} cannot be cut into patches of {self.patch_size}"
+            )
+        return sizes[0] // self.patch_size[0], sizes[1] // self.patch_size[1], sizes[2] // self.patch_size[2]
+
+    @staticmethod
+    def _frames(grid: tuple[int, int, int], device: torch.device) -> Tensor:
+        """[L] the latent frame of each token."""
+        return torch.arange(grid[0], device=device)[:, None].expand(-1, grid[1] * grid[2]).reshape(-1)
+
+    def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, dict[float, int]]:
+        """Float32 embeddings [B, U, D] of the timesteps and of the constants adapters ask for, and their rows."""
+        constants = tuple(dict.fromkeys(t for adapter in self._adapters() for t in adapter.timesteps))
+        rows = {t: timesteps.shape[1] + index for index, t in enumerate(constants)}
+        for t in constants:
+            timesteps = torch.cat((timesteps, torch.full_like(timesteps[:, :1], t)), 1)
+        x = sinusoidal_embedding_1d(self.freq_dim, timesteps)
+        first, activation, last = self.time_embedding
+        return linear32(last, activation(linear32(first, x))), rows
+
+    def _project_time(self, embedding: Tensor) -> Tensor:
+        """Modulation rows, float32 [B, U, 6, D]."""
+        activation, layer = self.time_projection
+        return linear32(layer, activation(embedding)).unflatten(-1, (6, self.dim))
+
+    def forward(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        context: Sequence[Tensor],
+        seq_len: int,
+        clip_fea: Tensor | Sequence[Tensor] | None = None,
+        y: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Upstream's call: lists of latents [C, T, H, W] in, a list of float32 velocities out.
+
+        `t` is [B] (2.1) or [B, seq_len] (2.2). Samples of equal shape run together, others one after the other, so
+        `seq_len` only bounds the token count. In 2.2 the fifth argument is `y`: a list there is taken as such.
+        """
+        if y is None and isinstance(clip_fea, (list, tuple)):
+            clip_fea, y = None, clip_fea
+        if clip_fea is not None and "clip" not in self.adapters:
+            raise BadRequest("clip_fea was given, but this checkpoint has no image branch; leave it out")
+        if y is not None:
+            x = [torch.cat((latents, extra)) for latents, extra in zip(x, y, strict=True)]
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, latents in enumerate(x):
+            groups.setdefault(tuple(latents.shape), []).append(index)
+        out: dict[int, Tensor] = {}
+        for members in groups.values():
+            latents = torch.stack([x[index] for index in members])
+            texts = [F.pad(context[i], (0, 0, 0, self._text_padding(context[i]))) for i in members]
+            timesteps, rows = self._timesteps(t, members, len(x), latents, seq_len)
+            condition = Condition(context=torch.stack(texts))
+            out |= zip(members, self._predict(latents, timesteps, rows, condition, None, ("cond",)), strict=True)
+        return [out[index] for index in range(len(x))]
+
+    def _text_padding(self, text: Tensor) -> int:
+        if text.shape[0] > self.text_len:
+            raise BadRequest(f"the text has {text.shape[0]!r} tokens; this model takes at most {self.text_len}")
+        return self.text_len - text.shape[0]
+
+    def _timesteps(
+        self, t: Tensor, members: list[int], count: int, latents: Tensor, seq_len: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Distinct timesteps [B, U] of some samples and the row of each token, from upstream's two forms of `t`."""
+        length = math.prod(self._grid(latents))
+        if length > seq_len:
+            raise BadRequest(
+                f"latents of shape {tuple(latents.shape[1:])} make {length} tokens; seq_len is {seq_len!r}"
+            )
+        t = t.to(latents.device)
+        if t.shape[0] not in (1, count) or t.ndim > 2 or (t.ndim == 2 and t.shape[1] < length):
+            raise BadRequest(
+                f"t of shape {tuple(t.shape)!r}: give one timestep a sample, [{count}], or [{count}, {seq_len}]"
+            )
+        t = t.expand(count, *t.shape[1:])[members]
+        if t.ndim == 1:
+            return t[:, None], None
+        distinct, rows = torch.unique(t[:, :length], dim=1, return_inverse=True)
+        return distinct, None if distinct.shape[1] == 1 else rows
+
+    def init_weights(self) -> None:
+        """Random weights for training, as upstream draws them: the head starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for embedding in (self.text_embedding, self.time_embedding):
+            for module in embedding:
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    @staticmethod
+    def float32_keys(key: str) -> bool:
+        """Whether a checkpoint key stays float32 in storage when the rest is `param_dtype`."""
+        return FLOAT32_KEYS.search(key) is not None
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, subfolder: str | None = None, torch_dtype: torch.dtype | None = None
+    ) -> WanModel:
+        """The model in upstream's folder (config.json and safetensors), on the CPU, in the file's or `torch_dtype`."""
+        from wan.engine.weights.stream import find_weights, load_into, open_weights
+
+        folder = Path(folder, subfolder or "")
+        weights = open_weights(find_weights(folder))
+        model = build_dit(read_config(folder), weights.shapes())
+        load_into(model, weights.stream(), dtype=lambda key: torch_dtype, place=lambda key, tensor: torch.device("cpu"))
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and diffusion_pytorch_model.safetensors as upstream lays them out."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        omitted = ("patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm")
+        config = {"_class_name": "WanModel"} | {k: v for k, v in self.config.items() if k not in omitted}
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        save_file(state, str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`; {} where there is none, because the sizes are in the weights too."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not valid JSON ({error}); download it again") from error
+    return config
+
+
+def sizes_from(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The constructor arguments that the shapes of a checkpoint decide."""
+    sizes: dict[str, Any] = {}
+    if patch := shapes.get("patch_embedding.weight"):
+        sizes |= {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:])}
+        if head := shapes.get("head.head.weight"):
+            sizes["out_dim"] = head[0] // math.prod(patch[2:])
+    for name, key in (
+        ("text_dim", "text_embedding.0.weight"),
+        ("freq_dim", "time_embedding.0.weight"),
+        ("ffn_dim", "blocks.0.ffn.2.weight"),
+    ):
+        if key in shapes:
+            sizes[name] = shapes[key][1]
+    numbers = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
+    if numbers:
+        sizes |= {
+            "num_layers": max(numbers) + 1,
+            "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
+            "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        }
+    return sizes
+
+
+def build_dit(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> WanModel:
+    """A `WanModel` without memory (meta device) for a config.json and the shapes of its checkpoint.
+
+    Shapes win where the config is silent; a contradiction is a `BadCheckpoint`.
+    """
+    sizes = sizes_from(shapes or {})
+    known = inspect.signature(WanModel).parameters
+    given = {key: value for key, value in config.items() if key in known and value is not None}
+    for key, value in sizes.items():
+        if key in given and (tuple(given[key]) if isinstance(value, tuple) else given[key]) != value:
+            raise BadCheckpoint(
+                f"config.json says {key} = {given[key]!r} but the weights have {value!r}; they do not belong together"
+            )
+    arguments = given | sizes
+    if "num_heads" not in arguments and "dim" in arguments:
+        arguments["num_heads"] = max(1, arguments["dim"] // 128)
+    with torch.device("meta"):
+        return WanModel(**arguments).eval()
