@@ -59,6 +59,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.runs": ("wan.engine", "wan.video", "wan.resources"),
     "wan.cli": ("wan",),
     "wan": (  # the pipeline and the facades
+        "wan.components",
+        "wan.text2video",
         "wan.families",
         "wan.configs",
         "wan.modules",
