@@ -1,17 +1,20 @@
-"""Every test starts from the same seed, on one thread, and leaves no compiled code behind."""
+"""Every test starts from the same seed, on one thread, and leaves no compiled code behind. Tiny checkpoints for all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch starts its thread pool
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would download fails at once
 
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,3 +44,39 @@ def golden() -> Path:
     if not folder.is_dir():
         pytest.skip("golden values not present")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete two-expert checkpoint folder in the published layout, 4 MB of random float32 weights."""
+    from wan.modules.model import WanModel
+    from wan.modules.t5 import T5Encoder
+    from wan.modules.vae import VAEConfig, WanVAEModel
+
+    folder = tmp_path_factory.mktemp("tiny") / "Tiny-T2V-A14B"
+    with torch.random.fork_rng(devices=[]):
+        for seed, name in enumerate(("high_noise_model", "low_noise_model")):
+            torch.manual_seed(seed)
+            sizes = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 32, "num_heads": 2, "num_layers": 2}
+            dit = WanModel(text_len=32, **sizes)  # type: ignore[arg-type]
+            nn.init.normal_(dit.head.head.weight, std=0.1)  # born as zeros: nothing would reach the output
+            dit.save_pretrained(folder / name)
+        encoder = T5Encoder(320, 32, 32, 48, num_heads=2, num_layers=1, num_buckets=8, shared_pos=False)
+        torch.save(encoder.state_dict(), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+        vae = WanVAEModel(VAEConfig(encoder_dim=8, decoder_dim=8, num_res_blocks=1))
+        torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+    shutil.copytree(ROOT / "tests" / "wan" / "data" / "umt5-tiny", folder / "google" / "umt5-xxl")
+    return folder
+
+
+@pytest.fixture
+def tiny_config() -> Any:
+    """The task configuration that goes with `tiny_checkpoint`; a copy, free to change."""
+    from easydict import EasyDict
+
+    from wan.configs import WAN_CONFIGS
+
+    config = EasyDict(WAN_CONFIGS["t2v-A14B"])
+    sizes = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "num_heads": 2, "num_layers": 2, "text_len": 32}
+    config.update(sizes, param_dtype=torch.float32, t5_dtype=torch.float32, sample_neg_prompt="blurry")
+    return config

@@ -47,7 +47,7 @@ def spelled(value: Any) -> str:
 
 def flag_row(o: Option) -> list[str]:
     on = ", ".join(f"`{flag}`" for flag in o.flags)
-    choices = " \\| ".join(map(str, o.choices)) if o.choices else ""
+    choices = " | ".join(map(str, o.choices)) if o.choices else ""
     off = ", ".join(f"`{flag}`" for flag in o.off)
     return [on + (f" {choices}" if choices else ""), off or "-", spelled(o.default), o.help]
 
@@ -58,9 +58,9 @@ def optimizations_page() -> str:
         GENERATED,
         "# Optimisations",
         "",
-        "Each works from the command line, in a preset (`configs/*.toml`), as a keyword of the classes, and, where it says",
-        '"per call", as a keyword of `generate`. They are checked together before any weight is read and applied in the',
-        "order of this page.",
+        "Each works from the command line, in a preset (`configs/*.toml`) and as a keyword of the classes; where it",
+        'says "per call", also as a keyword of `generate`. They are checked together before any weight is read and',
+        "applied in the order of this page.",
         "",
     ]
     ordered = sorted(registry(), key=lambda kind: (kind.order, kind.__name__))
@@ -113,8 +113,8 @@ def families_page() -> str:
     lines += table(header, rows)
     lines += [
         "",
-        "Other sizes divisible by 16 (both sides) run with `--any_size`; frames are 4n+1. Guidance of two-expert models is",
-        "(low noise, high noise).",
+        "Other sizes run with `--any_size` if both sides are multiples of 16; frames are 4n+1. Guidance of two-expert",
+        "models is (low noise, high noise).",
     ]
     return "\n".join(lines) + "\n"
 
@@ -131,8 +131,8 @@ def cli_page() -> str:
         GENERATED,
         "# generate.py",
         "",
-        "All flags of the original Wan 2.1 and 2.2 programs parse, with the same names and defaults. A dash may stand for",
-        "an underscore. What is not spelled comes from the preset, then from the task's configuration.",
+        "All flags of the original Wan 2.1 and 2.2 programs parse, with the same names and defaults. A dash may stand",
+        "for an underscore. What is not spelled comes from the preset, then from the task's configuration.",
         "",
         "```",
         inspect.cleandoc(cli.EXAMPLES),
@@ -153,7 +153,7 @@ def cli_page() -> str:
 
 def plain_flag_row(flag: cli.Flag) -> list[str]:
     names = ", ".join(f"`{name}`" for name in (f"--{flag.name}", *flag.aliases))
-    choices = " " + " \\| ".join(flag.choices) if flag.choices else ""
+    choices = " " + " | ".join(flag.choices) if flag.choices else ""
     return [names + choices, spelled(flag.default), flag.help]
 
 
