@@ -1,0 +1,8 @@
+"""`generate.py` with `--preset auto` as its default: the same flags, with what speeds up this machine switched on."""
+
+import sys
+
+from wan.cli.generate import main
+
+if __name__ == "__main__":
+    sys.exit(main(default_preset="auto"))

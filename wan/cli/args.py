@@ -1,0 +1,223 @@
+"""The flags of `generate.py`: a table of what to make, one of flags whose code is missing, every optimisation's own.
+
+Every flag of Wan 2.1's and 2.2's programs parses, under its name and with its default. In the namespace None means
+"not spelled", so that presets and task defaults can fill it. Loads no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from wan.engine.errors import BadRequest
+from wan.engine.options import Option, Spelling, add_arguments
+
+MAKE, CHECKPOINT, RUN, OUTPUT = "what to make", "checkpoint", "how to run", "output"
+
+SOLVERS = ("unipc", "dpm++", "euler")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag outside the optimisations. `default` is what the user is told; the namespace holds None until spelled.
+
+    `kind` None makes it a switch without a value. `missing` names the work whose code is not here yet: such a flag
+    accepts its default alone.
+    """
+
+    name: str
+    kind: Callable[[str], Any] | None
+    default: Any
+    help: str
+    group: str = MAKE
+    choices: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    missing: str = ""
+
+
+def guidance(text: str) -> float | tuple[float, float]:
+    """One number, or `low,high`: the scales of the low-noise and the high-noise expert."""
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) == 1:
+        return numbers[0]
+    if len(numbers) == 2:
+        return numbers[0], numbers[1]
+    raise argparse.ArgumentTypeError(f"{text!r} is not one number, nor two as LOW,HIGH")
+
+
+# fmt: off
+FLAGS = (
+    Flag("task", str, "read from --ckpt_dir, else t2v-A14B", "t2v-1.3B, t2v-14B, t2v-A14B, t2i-14B or t2v-demo"),
+    Flag("prompt", str, "an example", "what the video shows"),
+    Flag("n_prompt", str, "the task's", "what it must not show", aliases=("--negative_prompt",)),
+    Flag("size", str, "1280*720, or the task's first", "WIDTH*HEIGHT, WIDTHxHEIGHT, 720p or 480p (landscape)"),
+    Flag("any_size", None, False, "also allow sizes the model was not trained on (multiples of 16)"),
+    Flag("frame_num", int, "the task's, mostly 81", "frames to make, 4n+1; 1 makes an image"),
+    Flag("duration", float, None, "seconds, instead of --frame_num: the nearest 4n+1 frames at the frame rate"),
+    Flag("base_seed", int, -1, "same seed, same device: same video; -1 draws one", aliases=("--seed",)),
+    Flag("noise_device", str, "the model's", "cpu makes seeds agree across cards", choices=("cpu", "cuda")),
+    Flag("sample_solver", str, "unipc", "how the noise is removed", choices=SOLVERS),
+    Flag("sample_steps", int, "the task's", "solver steps"),
+    Flag("sample_shift", float, "the task's", "above 1 spends more of the steps at high noise"),
+    Flag("sample_guide_scale", guidance, "the task's", "how strictly to follow the prompt; or LOW,HIGH by expert"),
+    Flag("ckpt_dir", str, None, "folder of the original Wan checkpoint; t2v-demo brings its own", CHECKPOINT),
+    Flag("load_format", str, "auto", "dummy: random weights, no checkpoint needed", CHECKPOINT, ("auto", "dummy")),
+    Flag("preset", str, "none", "options by NAME (configs/NAME.toml), FILE.toml, auto (by hardware) or none", RUN),
+    Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
+    Flag("print_plan", None, False, "say what would be done, and stop", RUN),
+    Flag("save_file", str, "task_size_prompt_time", "the .mp4 (or .png, one frame) to write, or a folder", OUTPUT),
+    Flag("fps", int, "the task's", "frames per second of the file", OUTPUT),
+    Flag("crf", int, "10", "H.264 quality: 0 is lossless, 51 worst", OUTPUT),
+)
+
+_IMAGE, _EXTEND, _VACE = "image-to-video", "prompt extension", "VACE"
+_ANIMATE, _S2V, _PARALLEL = "Animate", "speech-to-video", "running on several GPUs"
+
+MISSING = (
+    Flag("image", str, None, "input image", missing=_IMAGE),
+    Flag("first_frame", str, None, "first frame", missing="first-and-last-frame-to-video"),
+    Flag("last_frame", str, None, "last frame", missing="first-and-last-frame-to-video"),
+    Flag("src_video", str, None, "source video", missing=_VACE),
+    Flag("src_mask", str, None, "mask video", missing=_VACE),
+    Flag("src_ref_images", str, None, "reference images, comma separated", missing=_VACE),
+    Flag("src_root_path", str, None, "folder made by the preprocessing", missing=_ANIMATE),
+    Flag("refert_num", int, 77, "overlap frames between clips", missing=_ANIMATE),
+    Flag("replace_flag", None, False, "replace the person in the background video", missing=_ANIMATE),
+    Flag("use_relighting_lora", None, False, "load the relighting LoRA", missing=_ANIMATE),
+    Flag("num_clip", int, None, "largest number of clips", missing=_S2V),
+    Flag("audio", str, None, "driving audio", missing=_S2V),
+    Flag("enable_tts", None, False, "synthesise the audio", missing=_S2V),
+    Flag("tts_prompt_audio", str, None, "voice sample", missing=_S2V),
+    Flag("tts_prompt_text", str, None, "transcript of the voice sample", missing=_S2V),
+    Flag("tts_text", str, None, "text to speak", missing=_S2V),
+    Flag("pose_video", str, None, "pose video", missing=_S2V),
+    Flag("start_from_ref", None, False, "start from the reference image", missing=_S2V),
+    Flag("infer_frames", int, 80, "frames per clip", missing=_S2V),
+    Flag("ulysses_size", int, 1, "Ulysses degree", missing=_PARALLEL),
+    Flag("ring_size", int, 1, "ring-attention degree", missing=_PARALLEL),
+    Flag("t5_fsdp", None, False, "shard the text encoder", missing=_PARALLEL),
+    Flag("dit_fsdp", None, False, "shard the transformer", missing=_PARALLEL),
+    Flag("use_prompt_extend", None, False, "rewrite the prompt with a language model", missing=_EXTEND),
+    Flag("prompt_extend_method", str, "local_qwen", "service", choices=("dashscope", "local_qwen"), missing=_EXTEND),
+    Flag("prompt_extend_model", str, None, "name or path of the language model", missing=_EXTEND),
+    Flag("prompt_extend_target_lang", str, "zh", "language of the result", choices=("zh", "en"), missing=_EXTEND),
+)
+# fmt: on
+
+DESCRIPTION = (
+    "Make a video from a text with Wan 2.1 or 2.2, by the flags of the original programs. A dash may stand for any\n"
+    "underscore."
+)
+
+EXAMPLES = """examples:
+  python generate.py --task t2v-demo
+  python generate.py --task t2v-1.3B --size 480p --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "A cat walks on the grass"
+  python generate.py --task t2v-A14B --size 720p --duration 5 --ckpt_dir ./Wan2.2-T2V-A14B --seed 42 --prompt "..."
+
+exit status: 0 made and saved, 2 cannot be done as asked, 3 made but not saved as asked, 4 failed while generating,
+130 interrupted"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises BadRequest instead of printing a page of usage and leaving the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(message.removeprefix("argument "))
+
+
+def build_parser(options: Iterable[Option]) -> Parser:
+    """The parser of `generate.py`: the tables above and the flags of `options` (those of every optimisation)."""
+    options = list(options)
+    parser = Parser(
+        prog="generate.py", usage="python generate.py [--task TASK] [--ckpt_dir FOLDER] [--prompt TEXT] [flags]",
+        description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
+    )  # fmt: skip
+    groups = {name: parser.add_argument_group(name) for name in (MAKE, CHECKPOINT, RUN, OUTPUT)}
+    for flag in FLAGS:
+        _add(groups[flag.group], flag)
+    add_arguments(groups[RUN], options)
+    _show_defaults(groups[RUN], options)
+    rest = unavailable(options)
+    group = parser.add_argument_group(
+        "known, but not in this version yet (only the default is accepted)", _by_work(rest)
+    )
+    for flag in rest:
+        _add(group, flag)
+    return parser
+
+
+def _by_work(flags: Iterable[Flag]) -> str:
+    """The unavailable flags as a short list: one line for each piece of work they wait for."""
+    lines: dict[str, list[str]] = {}
+    for flag in flags:
+        lines.setdefault(flag.missing, []).append(f"--{flag.name}" + (f" {flag.default}" if flag.default else ""))
+    return "\n".join(f"{work}: {', '.join(names)}" for work, names in lines.items())
+
+
+def unavailable(options: Iterable[Option]) -> list[Flag]:
+    """The flags that accept their default alone: those in `MISSING` that no option has taken over."""
+    taken = {o.name for o in options}
+    return [flag for flag in MISSING if flag.name not in taken]
+
+
+def parse(argv: Sequence[str], options: Iterable[Option]) -> argparse.Namespace:
+    """The namespace of `argv`; what was not spelled is None. Raises BadRequest with one line that names the flag."""
+    options = list(options)
+    parser = build_parser(options)
+    known = {action.replace("-", "_"): action for action in parser._option_string_actions}
+    args, extra = parser.parse_known_args([_canonical(token, known) for token in argv])
+    if extra:
+        raise BadRequest(_unknown(extra[0], known))
+    for flag in unavailable(options):
+        value = getattr(args, flag.name)
+        if value is not None and value != flag.default:
+            said = f"--{flag.name}" if flag.kind is None else f"--{flag.name} {value}"
+            only = "" if flag.kind is None or flag.default is None else f", or give its default {flag.default}"
+            raise BadRequest(f"{said}: {flag.missing} is not in this version yet; leave the flag out{only}")
+    return args
+
+
+def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
+    said = flag.help if flag.default in (None, False) else f"{flag.help} (default: {flag.default})"
+    if flag.missing:
+        said = argparse.SUPPRESS
+    if flag.kind is None:
+        group.add_argument(f"--{flag.name}", action=Spelling, nargs=0, const=True, help=said)
+        return
+    group.add_argument(
+        f"--{flag.name}", *flag.aliases, dest=flag.name, action=Spelling, type=flag.kind, help=said.replace("%", "%%"),
+        choices=flag.choices or None, metavar=None if flag.choices else flag.name.upper(),
+    )  # fmt: skip
+
+
+def _show_defaults(group: argparse._ArgumentGroup, options: Iterable[Option]) -> None:
+    by_name = {o.name: o for o in options}
+    for action in group._group_actions:
+        o = by_name.get(action.dest)
+        if o is None or action.help in (None, argparse.SUPPRESS):
+            continue
+        default = {True: "on", False: "off"}.get(o.default, o.default) if o.is_switch else o.default
+        off = f"; off: {', '.join(o.off)}" if o.off and o.default is not False else ""
+        action.help = f"{action.help} (default: {default}{off})"
+
+
+def _canonical(token: str, known: dict[str, str]) -> str:
+    """`token` as the parser spells it: --offload-model and --no_tf32 become --offload_model and --no-tf32."""
+    if not token.startswith("--"):
+        return token
+    flag, equals, value = token.partition("=")
+    return known.get(flag.replace("-", "_"), flag) + equals + value
+
+
+def _unknown(token: str, known: dict[str, str]) -> str:
+    if not token.startswith("-"):
+        return f"unexpected {token!r}: a value of several words needs quotes, as in --prompt 'a red ball'"
+    flag = token.partition("=")[0].replace("-", "_")
+    same_end = [name for name in known if name.endswith("_" + flag.lstrip("_"))]
+    close = same_end or difflib.get_close_matches(flag, list(known), n=1)
+    hint = f"did you mean {known[close[0]]}?" if close else "--help lists all"
+    return f"unknown flag {token.partition('=')[0]}: {hint}"

@@ -1,0 +1,126 @@
+"""What the user sees: a start that says what was chosen and why, progress by stage, an end with times and the path.
+
+All of it goes to standard error; standard output carries the path of the result alone, for scripts.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from wan.cli.request import Wanted
+    from wan.engine.hardware import Hardware
+    from wan.engine.plan import Plan
+    from wan.engine.types import Step
+
+LINES_IN_A_LOG = 10
+
+
+class Terminal:
+    """A `Progress` that writes lines: one that is redrawn on a terminal, about ten in a log file."""
+
+    def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.stream = stream or sys.stderr
+        self.clock = clock
+        self.live = self.stream.isatty()
+        self.stages: list[tuple[str, float]] = []
+        """(name, seconds) of the stages done, in order."""
+        self._stage: tuple[str, float] | None = None
+        self._steps: list[float] = []
+        self._open_line = False
+
+    def stage(self, name: str, detail: str = "") -> None:
+        """A stage begins, and with it the one before ends."""
+        self.end_stage()
+        self._stage = (name, self.clock())
+        self._line(f"{name}{': ' + detail if detail else ''} ...")
+
+    def step(self, step: Step, seconds: float) -> None:
+        """One solver step is done: k of n, seconds per step, time left."""
+        done = step.index + 1
+        if step.index == 0:
+            self._steps = []
+        self._steps.append(seconds)
+        pace = self._pace()
+        text = f"  step {done}/{step.count}  {pace:.2f} s/it  ETA {clock_time(pace * (step.count - done))}"
+        if step.expert != "dit":
+            text += f"  ({step.expert} noise)"
+        if self.live:
+            self.stream.write(f"\r{text:<70}")
+            self.stream.flush()
+            self._open_line = True
+        elif done * LINES_IN_A_LOG // step.count > (done - 1) * LINES_IN_A_LOG // step.count:
+            self._line(text)
+
+    def note(self, text: str) -> None:
+        """Something worth knowing that is not an error."""
+        self._line(f"note: {text}")
+
+    def line(self, text: str) -> None:
+        self._line(text)
+
+    @property
+    def current(self) -> str:
+        """Name of the stage that is running."""
+        return self._stage[0] if self._stage else "start"
+
+    def end_stage(self) -> None:
+        """The current stage, if any, is over."""
+        if self._stage is not None:
+            name, since = self._stage
+            self.stages.append((name, self.clock() - since))
+            self._stage = None
+
+    def times(self) -> str:
+        """Seconds per stage, equal names added up."""
+        total: dict[str, float] = {}
+        for name, seconds in self.stages:
+            total[name] = total.get(name, 0.0) + seconds
+        parts = [f"{name} {seconds:.1f} s" for name, seconds in total.items()]
+        return ", ".join(parts) + f"; {sum(total.values()):.1f} s in all"
+
+    def _pace(self) -> float:
+        """Seconds per step, without the first one when there are others: it also warms up."""
+        steady = self._steps[1:] or self._steps
+        return sum(steady) / len(steady)
+
+    def _line(self, text: str) -> None:
+        lead = "\n" if self._open_line else ""
+        self._open_line = False
+        self.stream.write(f"{lead}{text}\n")
+        self.stream.flush()
+
+    def failed(self, text: str) -> None:
+        """The one line of an error."""
+        self._line("error: " + " ".join(text.split()))
+
+
+def clock_time(seconds: float) -> str:
+    """75 as 1:15, 3700 as 1:01:40."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
+    """What was chosen, and why."""
+    why = wanted.why
+    source = "random weights (--load_format dummy)" if wanted.load_format == "dummy" else str(wanted.checkpoint)
+    seconds = wanted.num_frames / wanted.fps
+    scale = wanted.guide_scale
+    if isinstance(scale, tuple):
+        scales = f"{scale[0]:g}" if scale[0] == scale[1] else f"{scale[0]:g} low, {scale[1]:g} high noise"
+    else:
+        scales = f"{scale:g}"
+    frames = f"{wanted.num_frames} frames ({why['frames']}) at {wanted.fps} fps = {seconds:.1f} s"
+    return [
+        f"task    {wanted.task} ({why['task']}) from {source}",
+        f"prompt  {wanted.prompt!r} ({why['prompt']})",
+        f"video   {wanted.width}x{wanted.height} ({why['size']}), {'one image' if wanted.num_frames == 1 else frames}",
+        f"sample  {wanted.steps} steps of {wanted.solver}, shift {wanted.shift:g}, guidance {scales}, "
+        f"seed {wanted.seed} ({why['seed']})",
+        f"run     on {hardware}; {plan.describe()}",
+    ]

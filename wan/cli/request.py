@@ -1,0 +1,217 @@
+"""From the namespace to what to make: task, checkpoint, size, frames, seed and sampling, each with the reason for it.
+
+Precedence: the program's default, the task's config, the flag. Everything is checked here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wan.cli.checkpoint import DEMO, check_folder, demo_folder, detect_task, no_folder
+from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
+from wan.engine.errors import BadRequest
+
+DEFAULT_TASK = "t2v-A14B"
+DEFAULT_SIZE = "1280*720"
+
+EXAMPLE_PROMPTS = {
+    "t2v": "A red fox trots through fresh snow at dawn, its breath steaming, while the camera glides along beside it.",
+    "t2i": "A lighthouse on a basalt cliff under a clearing storm, warm light in its windows, painted in oils.",
+    DEMO: "a big red circle moves to the right",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to make, resolved. `why` says for a field where its value comes from; `size_name` is `W*H`."""
+
+    task: str
+    config: Any
+    checkpoint: Path | None
+    prompt: str
+    n_prompt: str
+    width: int
+    height: int
+    num_frames: int
+    fps: int
+    steps: int
+    shift: float
+    solver: str
+    guide_scale: float | tuple[float, float]
+    seed: int
+    noise_device: str | None = None
+    load_format: str = "auto"
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size_name(self) -> str:
+        return f"{self.width}*{self.height}"
+
+
+def resolve(args: argparse.Namespace) -> Wanted:
+    """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs."""
+    from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+
+    why: dict[str, str] = {}
+    task = _task(args, WAN_CONFIGS, SUPPORTED_SIZES, why)
+    config = WAN_CONFIGS[task]
+    width, height = _size(args, task, config, SUPPORTED_SIZES[task], why)
+    fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
+    num_frames = _num_frames(args, task, config, fps, why)
+    check_video(height, width, num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
+    sampling = _sampling(args, config, why)
+    checkpoint = _checkpoint(args, task, WAN_CONFIGS)
+    return Wanted(
+        task=task,
+        config=config,
+        checkpoint=checkpoint,
+        prompt=_prompt(args, task, why),
+        n_prompt=args.n_prompt or "",
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=fps,
+        seed=_seed(args.base_seed, why),
+        noise_device=args.noise_device,
+        load_format=args.load_format or "auto",
+        why=why,
+        **sampling,
+    )
+
+
+def _task(args: argparse.Namespace, configs: dict[str, Any], sizes: dict[str, Any], why: dict[str, str]) -> str:
+    task, why["task"] = args.task, "--task"
+    if task is None and args.ckpt_dir is not None:
+        task, why["task"] = detect_task(Path(args.ckpt_dir).expanduser(), configs), "read from --ckpt_dir"
+    if task is None:
+        task, why["task"] = DEFAULT_TASK, "default"
+    if task in configs:
+        return task
+    able = ", ".join(configs)
+    if why["task"] != "--task":
+        held = f"--ckpt_dir {args.ckpt_dir!r} holds {task}"
+        raise BadRequest(f"{held}, which this version cannot run yet; it runs {able}")
+    if task in sizes:
+        raise BadRequest(f"--task {task!r} is not in this version yet; it runs {able}")
+    raise BadRequest(f"--task {task!r} is unknown; use one of {able}")
+
+
+def _size(
+    args: argparse.Namespace, task: str, config: Any, trained: tuple[str, ...], why: dict[str, str]
+) -> tuple[int, int]:
+    """(width, height) of --size, or the program's default where the task has it, or the task's first landscape one."""
+    if args.size is None:
+        text = DEFAULT_SIZE if DEFAULT_SIZE in trained else max(trained, key=lambda name: parse_size(name)[0])
+        why["size"] = f"default of {task}"
+        return parse_size(text)
+    why["size"] = f"--size {args.size}"
+    width, height = parse_size(args.size)
+    if args.any_size or f"{width}*{height}" in trained:
+        return width, height
+    stride, patch = tuple(config.vae_stride), tuple(config.patch_size)
+    nearest = min(trained, key=lambda name: _distance(parse_size(name), (width, height)))
+    free = "{}x{}".format(*nearest_size(width, height, stride=stride, patch=patch))
+    raise BadRequest(
+        f"--size {args.size!r}: {task} was trained on {', '.join(trained)}; the nearest is {nearest}. "
+        f"--any_size allows every multiple of {multiples(stride, patch)[0]}, here {free}"
+    )
+
+
+def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+    """How unlike two sizes are: by shape and area, so that portrait is not taken for landscape."""
+    return math.hypot(math.log(a[0] / max(b[0], 1)), math.log(a[1] / max(b[1], 1)))
+
+
+def _num_frames(args: argparse.Namespace, task: str, config: Any, fps: int, why: dict[str, str]) -> int:
+    image = task.startswith("t2i")
+    stride = config.vae_stride[0]
+    why["frames"] = f"default of {task}"
+    wanted = 1 if image else config.frame_num
+    if args.duration is not None:
+        if not (math.isfinite(args.duration) and args.duration > 0):
+            raise BadRequest(f"--duration {args.duration!r}: give a number of seconds greater than 0")
+        wanted = frames_for(args.duration, fps, stride=stride)
+        why["frames"] = f"--duration {args.duration:g} at {fps} frames per second"
+    if args.frame_num is not None:
+        if args.duration is not None and args.frame_num != wanted:
+            raise BadRequest(
+                f"--frame_num {args.frame_num} and --duration {args.duration:g} ({wanted} frames at {fps} fps) "
+                "contradict each other: give one of them"
+            )
+        wanted, why["frames"] = args.frame_num, "--frame_num"
+    if image and wanted != 1:
+        raise BadRequest(f"{why['frames']}: {task} makes one image, so the frame count must be 1")
+    try:
+        check_frames(wanted, stride=stride)
+    except BadRequest as error:
+        raise BadRequest(f"{why['frames']}: {error}") from error
+    return int(wanted)
+
+
+def _sampling(args: argparse.Namespace, config: Any, why: dict[str, str]) -> dict[str, Any]:
+    steps = _positive("--sample_steps", args.sample_steps, config.get("sample_steps", 50), "steps", why)
+    shift = _positive("--sample_shift", args.sample_shift, config.get("sample_shift", 5.0), "shift", why)
+    scale = args.sample_guide_scale
+    if scale is None:
+        scale, why["guidance"] = config.get("sample_guide_scale", 5.0), "task"
+    else:
+        why["guidance"] = "--sample_guide_scale"
+    numbers = scale if isinstance(scale, tuple | list) else (scale,)
+    if not all(math.isfinite(number) for number in numbers):
+        raise BadRequest(f"--sample_guide_scale {scale!r}: give finite numbers, such as 5 or 3,4")
+    if len(numbers) == 2 and "boundary" not in config and numbers[0] != numbers[1]:
+        raise BadRequest(f"--sample_guide_scale {scale!r}: this task has one expert, so give one number")
+    return {
+        "steps": steps,
+        "shift": shift,
+        "solver": args.sample_solver or "unipc",
+        "guide_scale": tuple(scale) if isinstance(scale, list) else scale,
+    }
+
+
+def _positive(flag: str, given: Any, default: Any, name: str, why: dict[str, str]) -> Any:
+    if given is None:
+        why[name] = "task"
+        return default
+    if not (math.isfinite(given) and given > 0):
+        raise BadRequest(f"{flag} {given!r}: it must be greater than 0")
+    why[name] = flag
+    return given
+
+
+def _seed(given: int | None, why: dict[str, str]) -> int:
+    if given is None or given < 0:
+        why["seed"] = "drawn"
+        return random.randint(0, sys.maxsize)
+    if given >= 2**64:
+        raise BadRequest(f"--base_seed {given}: the largest seed is {2**64 - 1}")
+    why["seed"] = "--base_seed"
+    return given
+
+
+def _prompt(args: argparse.Namespace, task: str, why: dict[str, str]) -> str:
+    if args.prompt is not None:
+        why["prompt"] = "--prompt"
+        return str(args.prompt)
+    why["prompt"] = "example, as there is no --prompt"
+    return EXAMPLE_PROMPTS.get(task) or EXAMPLE_PROMPTS.get(task.partition("-")[0]) or EXAMPLE_PROMPTS["t2v"]
+
+
+def _checkpoint(args: argparse.Namespace, task: str, configs: dict[str, Any]) -> Path | None:
+    if args.load_format == "dummy":
+        return Path(args.ckpt_dir).expanduser() if args.ckpt_dir is not None else None
+    if args.ckpt_dir is None:
+        if task != DEMO:
+            raise no_folder(args.task)
+        folder = demo_folder()
+    else:
+        folder = Path(args.ckpt_dir).expanduser()
+    check_folder(folder, task, configs)
+    return folder

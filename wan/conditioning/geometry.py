@@ -1,0 +1,84 @@
+"""Which frame sizes and frame counts a model can make, and the nearest ones it can: pure arithmetic, no torch.
+
+The VAE divides time and space by its stride, the transformer's patches divide the latents again, and neither pads.
+So width and height are multiples of stride x patch (16; 32 with VAE 2.2) and frames are 4n+1: the first frame is
+encoded alone, every further latent frame holds four.
+"""
+
+from __future__ import annotations
+
+import re
+
+from wan.engine.errors import BadRequest
+
+NAMED_SIZES = {"720p": (1280, 720), "480p": (832, 480)}
+"""Name -> (width, height), landscape. Portrait is spelled out: 720x1280."""
+
+_SIZE = re.compile(r"\s*(\d{1,6})\s*[*x×X]\s*(\d{1,6})\s*")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(width, height) from `1280*720`, `1280x720`, `720p` or `480p`. Raises BadRequest for anything else."""
+    named = NAMED_SIZES.get(text.strip().lower())
+    if named is not None:
+        return named
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        names = ", ".join(NAMED_SIZES)
+        raise BadRequest(f"size {text!r} is not WIDTH*HEIGHT: write 1280*720 or 1280x720, or one of {names}")
+    return int(match[1]), int(match[2])
+
+
+def multiples(stride: tuple[int, int, int] = (4, 8, 8), patch: tuple[int, int, int] = (1, 2, 2)) -> tuple[int, int]:
+    """What (width, height) must be multiples of."""
+    return stride[2] * patch[2], stride[1] * patch[1]
+
+
+def nearest_size(
+    width: int, height: int, *, stride: tuple[int, int, int] = (4, 8, 8), patch: tuple[int, int, int] = (1, 2, 2)
+) -> tuple[int, int]:
+    """The legal (width, height) closest to the given one; at least one patch each way."""
+    across, down = multiples(stride, patch)
+    return _nearest_multiple(width, across), _nearest_multiple(height, down)
+
+
+def nearest_frames(num_frames: float, *, stride: int = 4) -> int:
+    """The legal frame count closest to `num_frames`, the longer of two equally close; at least 1."""
+    return max(0, int((num_frames - 1) / stride + 0.5)) * stride + 1
+
+
+def frames_for(seconds: float, fps: float, *, stride: int = 4) -> int:
+    """The legal frame count whose duration at `fps` is closest to `seconds`: 5 s at 16 fps are 81 frames."""
+    return nearest_frames(seconds * fps, stride=stride)
+
+
+def check_video(
+    height: int,
+    width: int,
+    num_frames: int,
+    *,
+    stride: tuple[int, int, int] = (4, 8, 8),
+    patch: tuple[int, int, int] = (1, 2, 2),
+) -> None:
+    """Raise BadRequest, naming the nearest legal values, unless a model of this stride and patch makes the video."""
+    across, down = multiples(stride, patch)
+    if width < across or height < down or width % across or height % down:
+        near = "{}x{}".format(*nearest_size(width, height, stride=stride, patch=patch))
+        rule = f"multiples of {across}" if across == down else f"multiples of {across} and {down}"
+        raise BadRequest(f"size {width}x{height}: width and height must be {rule}; the nearest is {near}")
+    check_frames(num_frames, stride=stride[0])
+
+
+def check_frames(num_frames: int, *, stride: int = 4) -> None:
+    """Raise BadRequest, naming both neighbours, unless `num_frames` is 1 + a multiple of `stride`."""
+    if num_frames < 1:
+        raise BadRequest(f"{num_frames} frames: the count must be {stride}n+1 (1, {stride + 1}, ...); the nearest is 1")
+    over = (num_frames - 1) % stride
+    if over:
+        below = num_frames - over
+        near = f"the nearest are {below} and {below + stride}"
+        raise BadRequest(f"{num_frames} frames: the count must be {stride}n+1; {near}")
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, int(value / of + 0.5) * of)
