@@ -103,7 +103,10 @@ class WanPipeline:
             observe=observe, on_latents=on_latents,
         )  # fmt: skip
         self.engine.run(job, options)
-        return target.result() if isinstance(target, TensorSink) else None
+        if not isinstance(target, TensorSink):
+            return None
+        # What is returned must be an ordinary tensor that callers may change in place.
+        return target.result.clone() if target.result.is_inference() else target.result
 
     # Upstream's attributes -----------------------------------------------------------------------------------------
 

@@ -222,13 +222,14 @@ class Engine:
         def record(step: Step, latents: Tensor) -> None:
             run.done, run.latents = step.index + 1, latents
 
-        for segment in segments(run.steps[run.done :]):
+        for segment in segments(run.steps, run.done):
             with self._use(segment.expert) as dit, self._seams(dit, segment) as denoiser:
-                job.progress.stage("denoise", f"{len(segment.steps)} steps with {segment.expert}")
+                job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
                 self.monitor.start(run.latents)
                 predict = Guidance(denoiser, run.branches, coefficients)
                 observe = (record, self.monitor, *job.observe)
-                run.latents = sample(predict, run.solver, run.latents, segment.steps, run.shot.known, observe)
+                steps = segment.steps[segment.start :]
+                run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
                 self.monitor.flush()
 
     @contextmanager

@@ -1,0 +1,94 @@
+"""Code written for the original package keeps working: import doors, names, argument order and defaults."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+REQUIRED = inspect.Parameter.empty
+
+# Callable -> its positional arguments in upstream's order, with upstream's defaults where 2.1 and 2.2 agree.
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "wan:WanT2V": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
+    },
+    "wan:WanT2V.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "size": (1280, 720), "frame_num": 81, "shift": 5.0,
+        "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True,
+    },
+    "wan.modules.model:WanModel": {
+        "model_type": "t2v", "patch_size": (1, 2, 2), "text_len": 512, "in_dim": 16, "dim": 2048, "ffn_dim": 8192,
+        "freq_dim": 256, "text_dim": 4096, "out_dim": 16, "num_heads": 16, "num_layers": 32,
+        "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6,
+    },
+    "wan.modules.model:WanModel.forward": {
+        "self": REQUIRED, "x": REQUIRED, "t": REQUIRED, "context": REQUIRED, "seq_len": REQUIRED, "clip_fea": None,
+        "y": None,
+    },
+    "wan.modules.vae:WanVAE": {"z_dim": 16, "vae_pth": "cache/vae_step_411000.pth"},
+    "wan.modules.vae2_1:Wan2_1_VAE": {"z_dim": 16, "vae_pth": "cache/vae_step_411000.pth"},
+    "wan.modules.vae2_2:Wan2_2_VAE": {
+        "z_dim": 48, "c_dim": 160, "vae_pth": None, "dim_mult": [1, 2, 4, 4],
+        "temperal_downsample": [False, True, True],
+    },
+    "wan.modules.t5:T5EncoderModel": {"text_len": REQUIRED},
+    "wan.modules.tokenizers:HuggingfaceTokenizer": {"name": REQUIRED, "seq_len": None, "clean": None},
+    "wan.modules.attention:flash_attention": {
+        "q": REQUIRED, "k": REQUIRED, "v": REQUIRED, "q_lens": None, "k_lens": None, "dropout_p": 0.0,
+        "softmax_scale": None, "q_scale": None, "causal": False, "window_size": (-1, -1), "deterministic": False,
+    },
+    "wan.utils.fm_solvers:FlowDPMSolverMultistepScheduler": {"num_train_timesteps": 1000, "solver_order": 2},
+    "wan.utils.fm_solvers_unipc:FlowUniPCMultistepScheduler": {"num_train_timesteps": 1000, "solver_order": 2},
+    "wan.utils.fm_solvers:get_sampling_sigmas": {"sampling_steps": REQUIRED, "shift": REQUIRED},
+    "wan.utils.fm_solvers:retrieve_timesteps": {"scheduler": REQUIRED, "num_inference_steps": None, "device": None},
+    "wan.utils.utils:save_video": {"tensor": REQUIRED, "save_file": None, "fps": 30, "suffix": ".mp4", "nrow": 8},
+    "wan.utils.utils:save_image": {"tensor": REQUIRED, "save_file": REQUIRED, "nrow": 8},
+    "wan.utils.utils:cache_video": {"tensor": REQUIRED, "save_file": None, "fps": 30, "suffix": ".mp4", "nrow": 8},
+    "wan.utils.utils:cache_image": {"tensor": REQUIRED, "save_file": REQUIRED, "nrow": 8},
+    "wan.utils.utils:str2bool": {"v": REQUIRED},
+}  # fmt: skip
+
+DOORS = [
+    "wan:configs", "wan:modules", "wan:distributed", "wan.configs:WAN_CONFIGS", "wan.configs:SIZE_CONFIGS",
+    "wan.configs:MAX_AREA_CONFIGS", "wan.configs:SUPPORTED_SIZES", "wan.modules:WanModel", "wan.modules:T5Model",
+    "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
+    "wan.modules:flash_attention", "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
+    "wan.utils:get_sampling_sigmas", "wan.utils:retrieve_timesteps", "wan.utils:FlowDPMSolverMultistepScheduler",
+    "wan.utils:FlowUniPCMultistepScheduler", "wan.text2video:WanT2V", "wan.text2video_optimized:WanT2VOptimized",
+]  # fmt: skip
+
+
+def resolve(door: str) -> Any:
+    module, _, path = door.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_upstreams_import_door_opens(door: str) -> None:
+    assert resolve(door) is not None
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_upstreams(name: str) -> None:
+    expected = SIGNATURES[name]
+    parameters = list(inspect.signature(resolve(name)).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    assert [p.name for p in positional[: len(expected)]] == list(expected)
+    assert {p.name: p.default for p in positional[: len(expected)]} == expected
+
+
+def test_both_names_of_sequence_parallelism_are_accepted() -> None:
+    assert "use_usp" in inspect.signature(resolve("wan:WanT2V")).parameters
+
+
+def test_optimized_class_has_its_three_keywords() -> None:
+    parameters = inspect.signature(resolve("wan:WanT2VOptimized")).parameters
+    assert {"enable_compile", "enable_tf32", "compile_mode"} <= set(parameters)
