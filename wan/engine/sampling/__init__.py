@@ -1,0 +1,1 @@
+"""From noise to latents: which noise levels (schedule), how to move between them (solvers), where to (guidance)."""
