@@ -1,4 +1,4 @@
-"""Wan 2.1 text-to-video 1.3B."""
+"""Wan 2.1 text-to-video 1.3B."""  # noqa: N999
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .shared_config import make_config
 
 __all__ = ["t2v_1_3B"]
 
-t2v_1_3B = make_config(
+t2v_1_3B = make_config(  # noqa: N816
     "Wan T2V 1.3B",
     dim=1536,
     ffn_dim=8960,

@@ -1,4 +1,4 @@
-"""Wan 2.2 text-to-video A14B: two experts of 14B, one above and one below the boundary noise level."""
+"""Wan 2.2 text-to-video A14B: two experts of 14B, one above and one below the boundary noise level."""  # noqa: N999
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .shared_config import make_config
 
 __all__ = ["t2v_A14B"]
 
-t2v_A14B = make_config(
+t2v_A14B = make_config(  # noqa: N816
     "Wan T2V A14B",
     dim=5120,
     ffn_dim=13824,
