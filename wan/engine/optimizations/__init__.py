@@ -1,0 +1,21 @@
+"""Every optimisation there is. A new one is a file beside this one and one import line below."""
+
+from __future__ import annotations
+
+from wan.engine.optimizations.attention import Attention
+from wan.engine.optimizations.batched_cfg import BatchedCFG
+from wan.engine.optimizations.compile import Compile
+from wan.engine.optimizations.dtype import Precision
+from wan.engine.optimizations.offload import Offload
+from wan.engine.optimizations.t5_cpu import T5CPU
+from wan.engine.optimizations.tf32 import TF32
+from wan.engine.optimizations.vae_cpu import VAECPU
+from wan.engine.plan import Optimization
+
+__all__ = ["TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "Offload", "Precision", "registry"]
+
+
+def registry() -> tuple[type[Optimization], ...]:
+    """The classes imported above, in the order they are applied, by name within one order."""
+    found = [value for value in globals().values() if isinstance(value, type) and issubclass(value, Optimization)]
+    return tuple(sorted((cls for cls in found if cls is not Optimization), key=lambda cls: (cls.order, cls.__name__)))

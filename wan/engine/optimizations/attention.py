@@ -1,0 +1,56 @@
+"""Which kernel computes attention."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from wan.engine.engine import main_dtype
+from wan.engine.hardware import Hardware
+from wan.engine.ops import attention as backends
+from wan.engine.options import option
+from wan.engine.plan import Optimization, Order
+
+if TYPE_CHECKING:
+    from wan.engine.engine import Engine
+
+WAN_HEAD_DIM = 128
+"""Of all published models: what a backend is asked for before the checkpoint has been opened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Optimization):
+    """Compute attention with another kernel than PyTorch's own choice.
+
+    "auto" takes the fastest exact backend for this card, dtype and installation and logs which and why; generate.py
+    uses it. "sage" quantises to 8 bits and is never chosen by itself. A backend that cannot run here is refused before
+    weights are read. There is no off spelling: plain is "sdpa".
+    """
+
+    order = Order.LAYERS
+    grade = "rounding"
+    tolerance = 1e-2
+    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage"] = option("sdpa", "attention backend")
+
+    @property
+    def enabled(self) -> bool:
+        return self.attention != "sdpa"
+
+    def check(self, hardware: Hardware) -> None:
+        dtype = torch.bfloat16 if hardware.is_cuda else torch.float32
+        backends.choose(self.attention, hardware, dtype, WAN_HEAD_DIM)
+
+    def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
+        if name not in engine.expert_names:
+            return
+        layers = [part for part in module.modules() if vars(part).get("attend") is backends.sdpa]
+        chosen, attend, reason = backends.choose(
+            self.attention, engine.hardware, main_dtype(module), layers[0].head_dim if layers else WAN_HEAD_DIM
+        )
+        for layer in layers:  # those with a window of their own keep the path that knows it
+            layer.attend = attend
+        logging.getLogger(__name__).info("attention of %s: %s (%s)", name, chosen, reason)

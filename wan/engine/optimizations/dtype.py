@@ -1,0 +1,49 @@
+"""The dtype of the DiT's weights, which is also the dtype it computes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from wan.engine.options import option
+from wan.engine.plan import Optimization, Order
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPERTS = ("dit", "high", "low")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Optimization):
+    """Store the DiT's small float32 parts like the rest (`convert_model_dtype`), or the rest in another dtype.
+
+    Plain are the task's `param_dtype` (bfloat16) for Linear and Conv weights and float32 for norms, modulation, time
+    embedding and head. Whatever their storage, those parts and the residual stream compute in float32; the matrix
+    products compute in `param_dtype`. float32 is for comparisons, float16 for cards without bfloat16. Tensors are
+    converted one by one while they are read.
+    """
+
+    order = Order.DTYPE
+    grade = "lossy"
+    tolerance = 0.05
+    convert_model_dtype: bool = option(False, "store all weights of the DiT in its param_dtype, norms and head too")
+    param_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "dtype of the DiT's matrices (default: the task's, bfloat16)"
+    )
+
+    @property
+    def enabled(self) -> bool:
+        return self.convert_model_dtype or self.param_dtype is not None
+
+    def convert(self, module: nn.Module, name: str) -> None:
+        if name not in EXPERTS:
+            return
+        keeps_float32: Callable[[str], bool] = module.float32_keys  # type: ignore[assignment]
+        plain = next(p.dtype for key, p in module.named_parameters() if not keeps_float32(key))
+        dtype = plain if self.param_dtype is None else DTYPES[self.param_dtype]
+        for key, parameter in module.named_parameters():
+            if parameter.is_floating_point() and (self.convert_model_dtype or not keeps_float32(key)):
+                parameter.data = parameter.data.to(dtype)
