@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.stream import load_into, open_weights
 from wan.modules.t5_layers import (
     T5Attention,
     T5FeedForward,
@@ -336,10 +338,8 @@ def _load_encoder(path: str, dtype: torch.dtype, device: torch.device | str) -> 
         raise BadCheckpoint(
             f"text encoder file {path!r} does not exist; it is models_t5_umt5-xxl-enc-bf16.pth of a Wan checkpoint."
         )
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    model = build_text_encoder({key: tuple(value.shape) for key, value in state.items()})
-    # One tensor at a time leaves the mapped file: never two copies of 11 GB.
-    for key in list(state):
-        state[key] = state[key].to(device=device, dtype=dtype)
-    model.load_state_dict(state, strict=True, assign=True)
+    weights = open_weights(Path(path))
+    model = build_text_encoder(weights.shapes())
+    where = torch.device(device)
+    load_into(model, weights.stream(), dtype=lambda key: dtype, place=lambda key, value: where)
     return model.requires_grad_(False)
