@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
-from wan.engine.ops.attention import sdpa, windowed
+from wan.engine.ops.attention import masked, sdpa
 from wan.engine.ops.linear import project
 from wan.engine.ops.modulate import gated_add, norm_modulate
 from wan.engine.ops.rope import rotate
@@ -152,7 +152,7 @@ class WanSelfAttention(nn.Module):
         self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.extras = nn.ModuleDict()
-        self.attend: Attend = sdpa if tuple(window_size) == (-1, -1) else partial(windowed, window_size=window_size)
+        self.attend: Attend = sdpa if tuple(window_size) == (-1, -1) else partial(masked, window_size=window_size)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, N, D / N]."""
