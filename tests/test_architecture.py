@@ -80,6 +80,8 @@ AT_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.resources": (),
     "wan.cli.env": (),
     "wan.configs": ("torch", "easydict"),
+    "wan.utils.fm_solvers": ("torch", "diffusers", "numpy"),  # upstream's scheduler classes, derived from diffusers'
+    "wan.utils.fm_solvers_unipc": ("torch", "diffusers", "numpy"),
     "wan": ("torch",),
     "kernels": ("torch", "triton"),
 }

@@ -1,0 +1,207 @@
+"""diffusers' `WanPipeline` on the weights of one of our checkpoint folders, doing the same work step by step.
+
+Same networks (keys mapped one to one), noise, timesteps, guidance and dtype, so that times can be compared and latents
+must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from wan.cli.trial import Clock, Trial
+from wan.components import Checkpoint
+from wan.engine.errors import IncompatibleOptions
+from wan.engine.sampling.schedule import SPACINGS, shifted
+from wan.engine.types import Component
+from wan.engine.weights.keymap import DIFFUSERS_DIT, DIFFUSERS_VAE, TRANSFORMERS_T5, KeyMap
+from wan.pipeline import scale_pair
+
+if TYPE_CHECKING:
+    from wan.cli.request import Wanted
+
+FLOAT32_MODULES = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}
+"""What diffusers itself keeps in float32 when it loads a checkpoint in another dtype."""
+
+
+class Rival:
+    """A loaded `WanPipeline` behind the benchmark's interface. Raises IncompatibleOptions for what it cannot match."""
+
+    plan = "WanPipeline as it comes"
+
+    def __init__(self, wanted: Wanted, config: Any, clock: Clock) -> None:
+        if wanted.checkpoint is None or wanted.solver != "unipc":
+            what = f"--sample_solver {wanted.solver}" if wanted.checkpoint else "--load_format dummy"
+            raise IncompatibleOptions(f"--compare diffusers needs a checkpoint folder and unipc; {what} was given")
+        self.wanted, self.config, self.clock = wanted, config, clock
+        self.pipe = build_pipeline(wanted, config, clock)
+
+    def run(self) -> Trial:
+        wanted, config = self.wanted, self.config
+        low, high = scale_pair(wanted.guide_scale)
+        time_stride, row_stride, column_stride = config.vae_stride
+        frames = (wanted.num_frames - 1) // time_stride + 1
+        shape = (config.get("z_dim", 16), frames, wanted.height // row_stride, wanted.width // column_stride)
+        finished: list[Tensor] = []
+
+        def on_step(pipe: Any, index: int, t: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+            if index + 1 == wanted.steps:
+                finished.append(values["latents"])
+                self.clock.stage("decode")
+            return {}
+
+        self.clock.start()
+        generator = torch.Generator().manual_seed(wanted.seed)
+        noise = torch.randn(shape, generator=generator)[None].to(self.clock.device)
+        with torch.inference_mode():
+            self.pipe(
+                prompt=wanted.prompt,
+                negative_prompt=wanted.n_prompt or config.sample_neg_prompt,
+                height=wanted.height,
+                width=wanted.width,
+                num_frames=wanted.num_frames,
+                num_inference_steps=wanted.steps,
+                guidance_scale=high,
+                guidance_scale_2=low if "boundary" in config else None,
+                latents=noise,
+                output_type="pt",
+                callback_on_step_end=on_step,
+                max_sequence_length=config.text_len,
+            )
+        return self.clock.stop(finished[-1])
+
+
+def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
+    """The pipeline with all networks on the clock's device."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+    from transformers import AutoTokenizer
+
+    assert wanted.checkpoint is not None
+    checkpoint = Checkpoint(wanted.checkpoint, config)
+    parts = {component.name: component for component in checkpoint.components()}
+    two = "high" in parts
+
+    class SameNoiseLevels(UniPCMultistepScheduler):
+        """Visits the noise levels of the original code; diffusers' own differ from them in the fourth digit."""
+
+        def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
+            import numpy as np
+
+            levels = np.linspace(SPACINGS["unipc"].first, 0, num_inference_steps + 1)[:-1]
+            super().set_timesteps(device=device, sigmas=shifted(levels, wanted.shift))
+
+    class TimedPipeline(WanPipeline):
+        """Says when the text is encoded."""
+
+        def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+            embeddings = super().encode_prompt(*args, **kwargs)
+            clock.stage("denoise")
+            return embeddings
+
+    # Class names are looked up in diffusers' own table by the pipeline's loader, which must not be reached here.
+    SameNoiseLevels.__name__, TimedPipeline.__name__ = "UniPCMultistepScheduler", "WanPipeline"
+    pipe = TimedPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(str(checkpoint.tokenizer)),
+        text_encoder=text_encoder(parts["text_encoder"]),
+        vae=vae(parts["vae"]),
+        scheduler=SameNoiseLevels(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, solver_order=2, solver_type="bh2"
+        ),
+        transformer=transformer(parts["high" if two else "dit"]),
+        transformer_2=transformer(parts["low"]) if two else None,
+        boundary_ratio=config.boundary if two else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(clock.device)
+
+
+def transformer(component: Component) -> nn.Module:
+    """diffusers' DiT with the weights of ours."""
+    from diffusers import WanTransformer3DModel
+
+    ours: Any = component.build()
+    sizes = ours.config
+    with torch.device("meta"):
+        model = WanTransformer3DModel(
+            patch_size=tuple(sizes.patch_size),
+            num_attention_heads=sizes.num_heads,
+            attention_head_dim=sizes.dim // sizes.num_heads,
+            in_channels=sizes.in_dim,
+            out_channels=sizes.out_dim,
+            text_dim=sizes.text_dim,
+            freq_dim=sizes.freq_dim,
+            ffn_dim=sizes.ffn_dim,
+            num_layers=sizes.num_layers,
+            cross_attn_norm=sizes.cross_attn_norm,
+            qk_norm="rms_norm_across_heads" if sizes.qk_norm else None,
+            eps=sizes.eps,
+        )
+    fill(model, component, ours, DIFFUSERS_DIT)
+    rope = model.rope  # its tables are no weights, so they are still on meta
+    model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    return model.eval()
+
+
+def vae(component: Component) -> nn.Module:
+    """diffusers' VAE with the weights of ours."""
+    from diffusers import AutoencoderKLWan
+
+    ours: Any = component.build()
+    sizes = ours.config
+    with torch.device("meta"):
+        model = AutoencoderKLWan(
+            base_dim=sizes.encoder_dim,
+            decoder_base_dim=sizes.decoder_dim,
+            z_dim=sizes.z_dim,
+            dim_mult=list(sizes.dim_mult),
+            num_res_blocks=sizes.num_res_blocks,
+            temperal_downsample=list(sizes.temporal_down),
+            is_residual=sizes.grouped,
+        )
+    fill(model, component, ours, DIFFUSERS_VAE)
+    return model.eval()
+
+
+def text_encoder(component: Component) -> nn.Module:
+    """transformers' umT5 encoder with the weights of ours."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    ours: Any = component.build()
+    block = ours.blocks[0]
+    buckets, heads = block.pos_embedding.embedding.weight.shape
+    with torch.device("meta"):
+        model = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=ours.token_embedding.weight.shape[0],
+                d_model=ours.dim,
+                d_kv=ours.dim_attn // heads,
+                d_ff=block.ffn.fc1.weight.shape[0],
+                num_layers=len(ours.blocks),
+                num_heads=heads,
+                relative_attention_num_buckets=buckets,
+                feed_forward_proj="gated-gelu",
+                tie_word_embeddings=True,
+            )
+        )
+    fill(model, component, ours, TRANSFORMERS_T5)
+    return model.eval()
+
+
+def fill(model: nn.Module, component: Component, ours: nn.Module, names: KeyMap) -> None:
+    """Load the component's weights into `model` under its own names, strictly."""
+    state: dict[str, Tensor] = {}
+    for key, tensor in component.weights(ours):
+        theirs = names.to_theirs(key)
+        keep = FLOAT32_MODULES & set(theirs.split("."))
+        state[theirs] = tensor.to(torch.float32 if keep else component.dtype)
+    _tie(state, model.state_dict())
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def _tie(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """transformers lists the token embedding twice."""
+    if "encoder.embed_tokens.weight" in wanted and "shared.weight" in state:
+        state.setdefault("encoder.embed_tokens.weight", state["shared.weight"])
