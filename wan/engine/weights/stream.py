@@ -6,6 +6,7 @@ parameter, and what must change dtype or device is released before the next tens
 
 from __future__ import annotations
 
+import mmap
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.files import SHARD, Entry, read_header, read_index, shards_of, truncated
 
-CHUNK_BYTES = 64 * 2**20
+HEAP_BYTES = 2**16
 DUMMY_POOL = 4_194_319
 """Random numbers shared by all dummy tensors; a prime, so that no two rows of a matrix are the same numbers."""
 
@@ -145,7 +146,7 @@ def dummy_weights(module: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
 def _read(file: FileIO, entry: Entry, key: str) -> Tensor:
     if entry.tensor is not None:
         return entry.tensor
-    raw = torch.empty(entry.span, dtype=torch.uint8)
+    raw = _buffer(entry.span)
     rest = memoryview(raw.numpy())
     file.seek(entry.offset)
     while rest:
@@ -155,6 +156,14 @@ def _read(file: FileIO, entry: Entry, key: str) -> Tensor:
         rest = rest[count:]
     flat = raw.view(entry.dtype)
     return flat.view(entry.shape) if entry.stride is None else flat.as_strided(entry.shape, entry.stride).contiguous()
+
+
+def _buffer(num_bytes: int) -> Tensor:
+    # Memory of its own from the system goes back whole. From the heap, a tensor that is released after conversion
+    # would leave a hole between those that stay, and the holes add up to a second copy of the network.
+    if num_bytes < HEAP_BYTES:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
 def _settle(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
@@ -183,10 +192,9 @@ def _dummy_deviation(key: str, shape: Sequence[int]) -> float | None:
 
 
 def _fill(flat: Tensor, pool: Tensor, start: int, deviation: float) -> None:
-    # Drawing billions of normals takes minutes on a CPU; copying shifted pieces of one pool takes seconds.
-    scaled = (pool * deviation).to(flat.dtype)
+    # Drawing billions of normals takes minutes on a CPU; scaling shifted pieces of one pool takes seconds.
     filled = 0
     while filled < flat.numel():
-        piece = scaled[start : start + flat.numel() - filled]
-        flat[filled : filled + piece.numel()] = piece
+        piece = pool[start : start + flat.numel() - filled]
+        torch.mul(piece, deviation, out=flat[filled : filled + piece.numel()])
         filled, start = filled + piece.numel(), 0
