@@ -217,7 +217,8 @@ def _unknown(token: str, known: dict[str, str]) -> str:
     if not token.startswith("-"):
         return f"unexpected {token!r}: a value of several words needs quotes, as in --prompt 'a red ball'"
     flag = token.partition("=")[0].replace("-", "_")
-    same_end = [name for name in known if name.endswith("_" + flag.lstrip("_"))]
-    close = same_end or difflib.get_close_matches(flag, list(known), n=1)
+    stem = flag.lstrip("_")
+    part = [name for name in known if stem and (name.endswith(f"_{stem}") or name.startswith(f"__{stem}_"))]
+    close = part or difflib.get_close_matches(flag, list(known), n=1)
     hint = f"did you mean {known[close[0]]}?" if close else "--help lists all"
     return f"unknown flag {token.partition('=')[0]}: {hint}"

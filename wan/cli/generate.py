@@ -157,16 +157,22 @@ def save(job: Job, video: Tensor) -> None:
 
     path = str(job.output.path)
     shared: dict[str, Any] = {"save_file": path, "nrow": 1, "normalize": True, "value_range": (-1, 1)}
+    before = _written(job.output.path)
     try:
         if job.output.is_image:
             writers.save_image(tensor=video.squeeze(1)[None], **shared)
         else:
-            quality = {} if job.crf is None else {"crf": job.crf}
+            quality: dict[str, Any] = {} if job.crf is None else {"crf": job.crf}
             writers.save_video(tensor=video[None], fps=job.wanted.fps, **shared, **quality)
-        if not job.output.path.is_file():
+        if _written(job.output.path) in (None, before):
             raise OutputError(f"{path!r} was not written")
     except Exception as error:  # whatever the writer did, the frames must survive it
         raise OutputError(f"{error}. {keep_frames(video, job.output.path)}") from error
+
+
+def _written(path: Path) -> int | None:
+    """When `path` was last written; None where there is no such file."""
+    return path.stat().st_mtime_ns if path.is_file() else None
 
 
 def keep_frames(video: Tensor, path: Path) -> str:

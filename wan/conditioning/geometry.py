@@ -7,6 +7,7 @@ encoded alone, every further latent frame holds four.
 
 from __future__ import annotations
 
+import math
 import re
 
 from wan.engine.errors import BadRequest
@@ -81,4 +82,5 @@ def check_frames(num_frames: int, *, stride: int = 4) -> None:
 
 
 def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, int(value / of + 0.5) * of)
+    """Of two equally close the smaller: 720 becomes 704 where 32 divides, the size such models were trained on."""
+    return max(of, math.ceil(value / of - 0.5) * of)
