@@ -337,6 +337,7 @@ def test_start_progress_and_end_are_told_on_stderr(tiny: list[str], capsys: Any)
         r"step 2/2  [\d.]+ s/it  ETA 0:00",
         r"times   .*decode [\d.]+ s.*save [\d.]+ s; [\d.]+ s in all",
         r"saved   a\.mp4",
+        r"note: attention of high: sdpa \(.*\)",
     ):
         assert re.search(line, err), line
 

@@ -17,6 +17,9 @@ from wan.engine.options import Option, Spelling, add_arguments
 
 MAKE, CHECKPOINT, RUN, OUTPUT = "what to make", "checkpoint", "how to run", "output"
 
+PROGRAM_DEFAULTS = {"attention": "auto"}
+"""What the program chooses where the library keeps to the plain model."""
+
 SOLVERS = ("unipc", "dpm++", "euler")
 
 
@@ -200,9 +203,14 @@ def _show_defaults(group: argparse._ArgumentGroup, options: Iterable[Option]) ->
         o = by_name.get(action.dest)
         if o is None or action.help in (None, argparse.SUPPRESS):
             continue
-        default = {True: "on", False: "off"}.get(o.default, o.default) if o.is_switch else o.default
-        off = f"; off: {', '.join(o.off)}" if o.off and o.default is not False else ""
-        action.help = f"{action.help} (default: {default}{off})"
+        default = PROGRAM_DEFAULTS.get(o.name, o.default)
+        parts = (
+            []
+            if default is None
+            else [f"default: {'off' if default is False else 'on' if default is True else default}"]
+        )
+        parts += [f"off: {', '.join(o.off)}"] if o.off and default is not False else []
+        action.help = f"{action.help} ({'; '.join(parts)})" if parts else action.help
 
 
 def _canonical(token: str, known: dict[str, str]) -> str:

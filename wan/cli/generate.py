@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.cli import env
-from wan.cli.report import Terminal, start_lines
+from wan.cli.report import Notes, Terminal, start_lines
 from wan.engine.errors import BadRequest, GenerationFailed, IncompatibleOptions, OutputError, WanError
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> 
     env.prepare()
     terminal = Terminal(io.StringIO() if env.rank() else None)
     try:
-        return run(sys.argv[1:] if argv is None else argv, terminal, default_preset)
+        with Notes(terminal):
+            return run(sys.argv[1:] if argv is None else argv, terminal, default_preset)
     except WanError as error:
         terminal.failed(str(error))
         return error.exit_code

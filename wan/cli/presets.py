@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from wan.cli.args import PROGRAM_DEFAULTS
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.options import Option
@@ -81,10 +82,9 @@ def _by_hardware(places: Path, hardware: Hardware) -> str:
 
 def _chosen_here(known: dict[str, Option], hardware: Hardware) -> tuple[dict[str, Any], dict[str, str]]:
     """What the program chooses where the library leaves a default, as upstream's program does."""
-    always: dict[str, tuple[Any, str]] = {
-        "offload_model": (hardware.world_size == 1, "one process" if hardware.world_size == 1 else "several processes"),
-        "attention": ("auto", "best of this machine"),
-    }
+    always: dict[str, tuple[Any, str]] = {name: (value, "default") for name, value in PROGRAM_DEFAULTS.items()}
+    alone = hardware.world_size == 1
+    always["offload_model"] = (alone, "one process" if alone else "several processes")
     chosen = {name: entry for name, entry in always.items() if name in known}
     return {name: value for name, (value, _) in chosen.items()}, {name: why for name, (_, why) in chosen.items()}
 

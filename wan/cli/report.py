@@ -5,10 +5,11 @@ All of it goes to standard error; standard output carries the path of the result
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
     from wan.cli.request import Wanted
@@ -96,6 +97,29 @@ class Terminal:
     def failed(self, text: str) -> None:
         """The one line of an error."""
         self._line("error: " + " ".join(text.split()))
+
+
+class Notes(logging.Handler):
+    """Shows what the engine logs (which attention kernel it took and why, ...) between the lines of a `Terminal`."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.INFO)
+        self.terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.terminal.note(record.getMessage())
+
+    def __enter__(self) -> Self:
+        logger = logging.getLogger("wan")
+        self._before = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logger = logging.getLogger("wan")
+        logger.removeHandler(self)
+        logger.setLevel(self._before)
 
 
 def clock_time(seconds: float) -> str:
