@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,18 @@ def test_demo_has_upstreams_two_expert_layout() -> None:
     assert demo.frame_num % 4 == 1
     assert demo.sample_neg_prompt == ""
     assert set(WAN_CONFIGS["t2v-A14B"]) <= set(demo)
+
+
+def test_demo_config_matches_the_shipped_model() -> None:
+    folder = Path(__file__).parents[2] / "demo"
+    if not folder.is_dir():
+        pytest.skip("the demo model is not present")
+    demo = WAN_CONFIGS["t2v-demo"]
+    for expert in (demo.low_noise_checkpoint, demo.high_noise_checkpoint):
+        shipped = json.loads((folder / expert / "config.json").read_text(encoding="utf-8"))
+        for field in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps"):
+            assert shipped[field] == demo[field], field
+    assert all((folder / name).exists() for name in (demo.t5_checkpoint, demo.t5_tokenizer, demo.vae_checkpoint))
 
 
 def test_sizes() -> None:
