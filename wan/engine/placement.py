@@ -151,13 +151,14 @@ class DeviceMover:
     Weights changed in place on the device are therefore lost when the network leaves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transfer: Callable[[Tensor, torch.device], Tensor] | None = None) -> None:
+        self._transfer = transfer or _to_device
         self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def to_device(self, name: str, module: nn.Module, device: torch.device) -> None:
         """Move every parameter, buffer and plain tensor attribute; transfers from pinned memory do not block."""
         for tensor, home in self._home(name, module, pin=device.type == "cuda"):
-            tensor.data = home.to(device, non_blocking=True)
+            tensor.data = self._transfer(home, device)
 
     def to_host(self, name: str, module: nn.Module) -> None:
         """Back to the copy in RAM, which is made at the first time for a network that was loaded onto the device."""
@@ -176,6 +177,10 @@ class DeviceMover:
             return known
         self._homes[name] = list(_copies_in_ram(tensors, pin))
         return self._homes[name]
+
+
+def _to_device(home: Tensor, device: torch.device) -> Tensor:
+    return home.to(device, non_blocking=True)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

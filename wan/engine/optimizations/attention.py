@@ -41,8 +41,10 @@ class Attention(Optimization):
         return self.attention != "sdpa"
 
     def check(self, hardware: Hardware) -> None:
-        dtype = torch.bfloat16 if hardware.is_cuda else torch.float32
-        backends.choose(self.attention, hardware, dtype, WAN_HEAD_DIM)
+        if self.attention in backends.BACKENDS:
+            refusal = backends.BACKENDS[self.attention].refusal(hardware, torch.bfloat16, WAN_HEAD_DIM)
+            if refusal is not None:
+                raise refusal
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if name not in engine.expert_names:
