@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
 from wan.engine.ops.attention import masked, sdpa
-from wan.engine.ops.linear import project
+from wan.engine.ops.linear import linear_gelu, project
 from wan.engine.ops.modulate import gated_add, norm_modulate
 from wan.engine.ops.rope import rotate
 from wan.engine.types import Condition, Layout, token
@@ -186,6 +186,18 @@ class WanCrossAttention(WanSelfAttention):
         return self.merge(out, q, inputs, x.dtype)
 
 
+class FeedForward(nn.Sequential):
+    """Linear, tanh-GELU, Linear, under upstream's keys `0` and `2`."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        expand, _, contract = self
+        out: Tensor = contract(linear_gelu(x, expand))
+        return out
+
+
 class WanAttentionBlock(nn.Module):
     """Self attention, cross attention and feed-forward on a float32 residual stream."""
 
@@ -207,7 +219,7 @@ class WanAttentionBlock(nn.Module):
         self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
         self.cross_attn = WanCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps)
         self.norm2 = WanLayerNorm(dim, eps)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
         self.inserts = nn.ModuleDict({site: nn.ModuleList() for site in SITES})
 
