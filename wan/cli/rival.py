@@ -17,7 +17,7 @@ from wan.components import Checkpoint
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.sampling.schedule import SPACINGS, shifted
 from wan.engine.types import Component
-from wan.engine.weights.keymap import DIFFUSERS_DIT, DIFFUSERS_VAE, TRANSFORMERS_T5, KeyMap
+from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae
 from wan.pipeline import scale_pair
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def transformer(component: Component) -> nn.Module:
 
 
 def vae(component: Component) -> nn.Module:
-    """diffusers' VAE with the weights of ours."""
+    """diffusers' VAE 2.1 with the weights of ours."""
     from diffusers import AutoencoderKLWan
 
     ours: Any = component.build()
@@ -159,9 +159,8 @@ def vae(component: Component) -> nn.Module:
             dim_mult=list(sizes.dim_mult),
             num_res_blocks=sizes.num_res_blocks,
             temperal_downsample=list(sizes.temporal_down),
-            is_residual=sizes.grouped,
         )
-    fill(model, component, ours, DIFFUSERS_VAE)
+    fill(model, component, ours, diffusers_vae(len(sizes.dim_mult), sizes.num_res_blocks))
     return model.eval()
 
 

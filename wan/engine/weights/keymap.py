@@ -1,0 +1,118 @@
+"""Other libraries' names for the same tensors, one to one and in both directions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count, pairwise
+
+from wan.engine.errors import BadCheckpoint
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Pairs of name prefixes (ours, theirs). A `*` stands for a number, the same on both sides; the rest is kept."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def to_theirs(self, key: str) -> str:
+        """Their name of our `key`. Raises BadCheckpoint for one that no pair covers."""
+        return _translate(key, self._forwards)
+
+    def to_ours(self, key: str) -> str:
+        """Our name of their `key`. Raises BadCheckpoint for one that no pair covers."""
+        return _translate(key, self._backwards)
+
+    @cached_property
+    def _forwards(self) -> list[tuple[re.Pattern[str], str]]:
+        return [_rule(ours, theirs) for ours, theirs in self.pairs]
+
+    @cached_property
+    def _backwards(self) -> list[tuple[re.Pattern[str], str]]:
+        return [_rule(theirs, ours) for ours, theirs in self.pairs]
+
+
+def _rule(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    numbers = count(1)
+    pattern = re.escape(source).replace(r"\*", r"(\d+)") + r"(?=\.|$)"
+    return re.compile(pattern), re.sub(r"\*", lambda match: rf"\g<{next(numbers)}>", target)
+
+
+def _translate(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, target in rules:
+        if match := pattern.match(key):
+            return match.expand(target) + key[match.end() :]
+    raise BadCheckpoint(f"no rule translates the weight {key!r}: it belongs to another network")
+
+
+def _under(ours: str, theirs: str, parts: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((f"{ours}.{mine}", f"{theirs}.{other}") for mine, other in parts)
+
+
+_NORMS = (("norm_q", "norm_q"), ("norm_k", "norm_k"))
+_ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), *_NORMS)
+
+DIFFUSERS_DIT = KeyMap(
+    (
+        ("patch_embedding", "patch_embedding"),
+        ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+        ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+        ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+        ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+        ("time_projection.1", "condition_embedder.time_proj"),
+        ("blocks.*.modulation", "blocks.*.scale_shift_table"),
+        ("blocks.*.norm3", "blocks.*.norm2"),
+        *_under("blocks.*.self_attn", "blocks.*.attn1", _ATTENTION),
+        *_under("blocks.*.cross_attn", "blocks.*.attn2", _ATTENTION),
+        ("blocks.*.ffn.0", "blocks.*.ffn.net.0.proj"),
+        ("blocks.*.ffn.2", "blocks.*.ffn.net.2"),
+        ("head.modulation", "scale_shift_table"),
+        ("head.head", "proj_out"),
+    )
+)
+"""`WanTransformer3DModel` of text-to-video checkpoints."""
+
+TRANSFORMERS_T5 = KeyMap(
+    (
+        ("token_embedding", "shared"),
+        ("norm", "encoder.final_layer_norm"),
+        ("blocks.*.norm1", "encoder.block.*.layer.0.layer_norm"),
+        ("blocks.*.norm2", "encoder.block.*.layer.1.layer_norm"),
+        ("blocks.*.pos_embedding.embedding", "encoder.block.*.layer.0.SelfAttention.relative_attention_bias"),
+        ("blocks.*.attn", "encoder.block.*.layer.0.SelfAttention"),
+        ("blocks.*.ffn.gate.0", "encoder.block.*.layer.1.DenseReluDense.wi_0"),
+        ("blocks.*.ffn.fc1", "encoder.block.*.layer.1.DenseReluDense.wi_1"),
+        ("blocks.*.ffn.fc2", "encoder.block.*.layer.1.DenseReluDense.wo"),
+    )
+)
+"""`UMT5EncoderModel`; it lists the token embedding a second time, as `encoder.embed_tokens`."""
+
+_RESIDUAL = (
+    ("residual.0", "norm1"),
+    ("residual.2", "conv1"),
+    ("residual.3", "norm2"),
+    ("residual.6", "conv2"),
+    ("shortcut", "conv_shortcut"),
+)
+_ENDS = (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
+
+
+def diffusers_vae(levels: int, num_res_blocks: int) -> KeyMap:
+    """`AutoencoderKLWan` of VAE 2.1. Ours lists a decoder's levels flat, diffusers groups them, so sizes matter."""
+    pairs: list[tuple[str, str]] = [("conv1", "quant_conv"), ("conv2", "post_quant_conv")]
+    for side in ("encoder", "decoder"):
+        pairs += _under(side, side, _ENDS)
+        pairs += _under(f"{side}.middle.0", f"{side}.mid_block.resnets.0", _RESIDUAL)
+        pairs += _under(f"{side}.middle.2", f"{side}.mid_block.resnets.1", _RESIDUAL)
+        pairs.append((f"{side}.middle.1", f"{side}.mid_block.attentions.0"))
+    pairs += _under("encoder.downsamples.*", "encoder.down_blocks.*", _RESIDUAL)
+    pairs.append(("encoder.downsamples.*", "encoder.down_blocks.*"))
+    blocks = num_res_blocks + 1
+    starts = [level * (blocks + 1) for level in range(levels + 1)]
+    for level, (start, end) in enumerate(pairwise(starts)):
+        theirs = f"decoder.up_blocks.{level}"
+        for index in range(blocks):
+            pairs += _under(f"decoder.upsamples.{start + index}", f"{theirs}.resnets.{index}", _RESIDUAL)
+        pairs.append((f"decoder.upsamples.{end - 1}", f"{theirs}.upsamplers.0"))
+    return KeyMap(tuple(pairs))
