@@ -1,0 +1,99 @@
+"""The demo's training code states the networks a second time, for speed; here it is held to the shipped classes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+from demo import dit, norm_silu, scenes, text
+from demo import vae as small_vae  # noqa: E402
+
+from wan.engine.types import Condition  # noqa: E402
+from wan.modules.model import WanModel  # noqa: E402
+from wan.modules.tokenizers import HuggingfaceTokenizer  # noqa: E402
+from wan.modules.vae import build_vae  # noqa: E402
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float(((got - wanted).norm() / wanted.norm()).detach())
+
+
+@torch.no_grad()
+def test_whole_clip_vae_equals_the_shipped_chunked_vae() -> None:
+    params = small_vae.init_params(8, 1, seed=0)
+    vae = build_vae({name: value.shape for name, value in params.items()})
+    vae.load_state_dict(params, assign=True)
+    video = torch.rand(1, 3, 13, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    latents = vae.encode(video)
+    weights = small_vae.compute_copy(params, torch.float32)
+    assert relative(small_vae.normalized_latents(weights, video), latents) < 1e-5
+    assert relative(small_vae.decoded(weights, latents), vae.decode(latents).clamp(-1, 1)) < 1e-5
+
+
+@torch.no_grad()
+def test_folded_normalization_keeps_the_reconstruction_and_standardizes_the_latents() -> None:
+    params = small_vae.init_params(8, 1, seed=0)
+    video = torch.rand(1, 3, 9, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    folded = small_vae.fold_normalization(params, [video])
+    latents = small_vae.normalized_latents(small_vae.compute_copy(folded), video)
+    assert float(latents.mean().abs()) < 0.02 and abs(float(latents.std()) - 1) < 0.02  # bfloat16 arithmetic
+    plain, after = small_vae.compute_copy(params, torch.float32), small_vae.compute_copy(folded, torch.float32)
+    before = small_vae.decode(plain, small_vae.encode(plain, video)[0])
+    assert relative(small_vae.decode(after, small_vae.encode(after, video)[0]), before) < 1e-4  # float32 rounding
+
+
+@pytest.mark.skipif(norm_silu._library() is None, reason="no C++ compiler")
+def test_fused_norm_silu_equals_plain_torch() -> None:
+    x = torch.randn(2, 16, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    gamma = torch.linspace(0.5, 1.5, 16).view(16, 1, 1, 1)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        inputs = x.bfloat16().to(dtype).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+        gain = gamma.clone().requires_grad_()
+        out = norm_silu.norm_silu_pad(inputs, gain)
+        out.backward(torch.ones_like(out) * torch.linspace(-1, 1, 4, dtype=dtype))
+        results.append((out.float(), inputs.grad.float(), gain.grad))
+    for fused, plain in zip(*results, strict=True):
+        assert relative(fused, plain) < 1e-2  # bfloat16 results against float32 ones
+
+
+@torch.no_grad()
+def test_training_dit_equals_the_shipped_dit() -> None:
+    config = dit.DitConfig(dim=256, ffn_dim=96, num_layers=2, text_len=8, text_dim=24)
+    params = dit.init_params(config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    params["head.head.weight"].normal_(generator=generator)
+    model = WanModel(
+        text_len=config.text_len, dim=config.dim, ffn_dim=config.ffn_dim, freq_dim=config.freq_dim,
+        text_dim=config.text_dim, num_heads=config.num_heads, num_layers=config.num_layers,
+    )  # fmt: skip
+    model.load_state_dict(params)
+    latents = torch.randn(2, 16, 3, 6, 8, generator=generator)
+    context = torch.randn(2, config.text_len, config.text_dim, generator=generator)
+    sigma = torch.tensor([0.25, 0.9])
+    wanted = model.velocity(latents, sigma * 1000, Condition(context=context))
+    assert relative(dit.velocity(params, config, latents, sigma, context), wanted) < 1e-5
+
+
+def test_written_tokenizer_splits_as_the_trained_one_does(tmp_path: Path) -> None:
+    text.write_tokenizer(tmp_path)
+    shipped, trained = HuggingfaceTokenizer(str(tmp_path), seq_len=32, clean="whitespace"), text.WordTokenizer()
+    rng = random.Random(3)
+    texts = ["", "A Red circle, zigzagging!"]
+    for combo in scenes.split_combos()["train"][:20]:
+        texts.append(scenes.caption(scenes.random_scene(rng, combo), rng))
+    ids, mask = shipped(texts, return_mask=True, add_special_tokens=True)
+    for line, row, real in zip(texts, ids, mask, strict=True):
+        assert row[: int(real.sum())].tolist() == trained(line)
+    assert all(text.UNK not in trained(line) for line in texts[2:])
+
+
+def test_held_out_combinations_are_disjoint() -> None:
+    split = scenes.split_combos()
+    assert sum(map(len, split.values())) == len(set().union(*split.values())) == 264

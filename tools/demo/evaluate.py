@@ -1,0 +1,111 @@
+"""Measures a demo checkpoint: prompts of combinations never trained on, sampled through `wan.WanT2V`, judged from pixels.
+
+Beside the model stand the two bounds of the judge: the rendered clip of the same scene, and that clip through the VAE.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from wan.cli.judge import judge
+
+from . import scenes
+
+ATTRIBUTES = ("color", "shape", "motion", "size", "speed", "tone", "texture")
+ROWS = ("model", "ground truth", "VAE reconstruction")
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share."""
+    if count == 0:
+        return 0.0, 1.0
+    share = hits / count
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+
+
+def evaluate(folder: Path, split: str, count: int, seed: int, guide_scale: float | None = None) -> dict[str, Any]:
+    """Results over `count` prompts of the combinations in `split`, in two single-threaded processes."""
+    started = time.monotonic()
+    with mp.get_context("spawn").Pool(2) as pool:
+        jobs = [(str(folder), split, list(range(part, count, 2)), seed, guide_scale) for part in range(2)]
+        found = [entry for part in pool.starmap(_share, jobs) for entry in part]
+    result = {"split": split, "prompts": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    return result | {row: _summary([entry[row] for entry in found]) for row in ROWS}
+
+
+def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: float | None) -> list[dict[str, Any]]:
+    import wan
+    from wan.configs import WAN_CONFIGS
+
+    torch.set_num_threads(1)
+    config = WAN_CONFIGS["t2v-demo"]
+    scale = config.sample_guide_scale if guide_scale is None else guide_scale
+    pipe = wan.WanT2V(config, folder, device="cpu")
+    combos = scenes.split_combos()[split]
+    found = []
+    for number in numbers:
+        rng = random.Random(f"{seed}/{split}/{number}")
+        scene = scenes.random_scene(rng, combos[number % len(combos)])
+        video = pipe.generate(
+            scenes.caption(scene, rng, complete=True), size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES,
+            shift=config.sample_shift, sampling_steps=config.sample_steps, guide_scale=scale, seed=number,
+        )  # fmt: skip
+        truth = scenes.render([scene])[0]
+        with torch.no_grad():
+            rebuilt = pipe.vae.decode(pipe.vae.encode([truth]))[0]
+        clips = dict(zip(ROWS, (video, truth, rebuilt), strict=True))
+        found.append({row: _verdict(clip, scene) for row, clip in clips.items()})
+    return found
+
+
+def _verdict(video: Tensor, scene: scenes.Scene) -> dict[str, Any]:
+    verdict = judge(video)
+    return {"right": verdict.agrees(**scene.words()), "shape_iou": verdict.shape_iou,
+            "color_distance": verdict.color_distance, "outline_iou": verdict.outline_iou}  # fmt: skip
+
+
+def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    rights: list[dict[str, bool]] = [entry["right"] for entry in entries]
+    shares = {name: [right[name] for right in rights if name in right] for name in ATTRIBUTES}
+    shares["color, shape and motion"] = [all(right[k] for k in ("color", "shape", "motion")) for right in rights]
+    shares["everything at once"] = [all(right.values()) for right in rights]
+    summary: dict[str, Any] = {}
+    for name, hits in shares.items():
+        low, high = wilson(sum(hits), len(hits))
+        summary[name] = {"right": sum(hits), "of": len(hits), "low": round(low, 4), "high": round(high, 4)}
+    for name in ("shape_iou", "color_distance", "outline_iou"):
+        values = [entry[name] for entry in entries if entry[name] is not None]
+        summary[name] = round(sum(values) / max(1, len(values)), 4)
+    return summary
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as a Markdown table."""
+    lines = [f"| | {' | '.join(ROWS)} |", "|---|" + "---|" * len(ROWS)]
+    for name, cell in result["model"].items():
+        cells = [_cell(result[row][name]) for row in ROWS]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" if cell else "")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        share = value["right"] / max(1, value["of"])
+        return f"{value['right']}/{value['of']} = {share:.1%} [{value['low']:.1%}, {value['high']:.1%}]"
+    return f"{value:.3f}"
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """As JSON, one file with everything measured."""
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,34 @@
+"""Writes a checkpoint folder in upstream's layout from what training left, and reads no more than that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import dit, text
+
+# Half of float32's bytes. The loaders compute in float32; rounding the weights costs 3e-4 of their size.
+STORED = torch.float16
+
+
+def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
+    """`vae_file` holds the VAE with its normalisation folded in; `experts` maps high/low to a trained file."""
+    for name, source in experts.items():
+        saved = torch.load(source, weights_only=True)
+        place = folder / f"{name}_noise_model"
+        place.mkdir(parents=True, exist_ok=True)
+        config = json.dumps(dit.DitConfig().to_json(), indent=2, sort_keys=True)
+        (place / "config.json").write_text(config + "\n", encoding="utf-8")
+        save_file(stored(saved["dit"]), place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        torch.save(stored(saved["text"]), folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    torch.save(stored(torch.load(vae_file, weights_only=True)), folder / "Wan2.1_VAE.pth")
+    text.write_tokenizer(folder / "google" / "umt5-xxl")
+
+
+def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same weights in the dtype they are shipped in."""
+    return {name: value.detach().to(STORED).contiguous() for name, value in state.items()}
