@@ -284,6 +284,8 @@ class WanModel(nn.Module):
 
     def init_weights(self) -> None:
         """Random weights for training, as upstream draws them: the head starts at zero."""
+        if self.patch_embedding.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
