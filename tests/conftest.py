@@ -58,7 +58,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, name in enumerate(("high_noise_model", "low_noise_model")):
             torch.manual_seed(seed)
             sizes = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "text_dim": 32, "num_heads": 2, "num_layers": 2}
-            dit = WanModel(text_len=32, **sizes)  # type: ignore[arg-type]
+            dit = WanModel(**sizes)  # type: ignore[arg-type]
             nn.init.normal_(dit.head.head.weight, std=0.1)  # born as zeros: nothing would reach the output
             dit.save_pretrained(folder / name)
         encoder = T5Encoder(320, 32, 32, 48, num_heads=2, num_layers=1, num_buckets=8, shared_pos=False)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import env
 from wan.cli.trial import Ready, Trial, Variant, serve
-from wan.engine.errors import GenerationFailed, WanError
+from wan.engine.errors import BadRequest, GenerationFailed, IncompatibleOptions, WanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,7 +97,12 @@ def run(words: Sequence[str]) -> int:
         args.task = "t2v-demo"
     if args.base_seed is None:
         args.base_seed = 42
+    if own.num_runs < 1 or own.warmup < 0:
+        raise BadRequest(f"--num_runs {own.num_runs} --warmup {own.warmup}: at least one timed run is needed")
     wanted = resolve(args)
+    if own.compare and (wanted.checkpoint is None or wanted.solver != "unipc"):
+        given = "--load_format dummy" if wanted.checkpoint is None else f"--sample_solver {wanted.solver}"
+        raise IncompatibleOptions(f"--compare {own.compare} needs a checkpoint folder and unipc, but {given} was given")
     common = describe(wanted, own, words)
     measured = measure(variants(own), args, own)
     rows = [row_of(variant, *measured[variant], measured, common) for variant in measured]
