@@ -14,7 +14,7 @@ from wan.cli import benchmark
 from wan.cli.trial import Clock
 
 TINY = shlex.split(
-    "--task t2v-A14B --size 64x48 --any_size --frame_num 5 --sample_steps 2 --sample_shift 5 --device cpu"
+    "--task t2v-A14B --size 64x48 --any_size --frame_num 5 --sample_steps 2 --device cpu"
 )
 
 
