@@ -25,7 +25,6 @@ from wan.modules.vae_blocks import (
     DownGroup,
     Downsample,
     FrameCache,
-    ResidualBlock,
     UpGroup,
     Upsample,
     fold,
