@@ -17,7 +17,7 @@ from wan.engine.options import options_of
 from wan.engine.plan import Optimization, Plan, switch_flag
 
 PAIRS = list(combinations(registry(), 2))
-SIZE: dict[str, Any] = {"size": (32, 32), "frame_num": 5, "sampling_steps": 2, "seed": 1, "offload_model": None}
+SIZE: dict[str, Any] = {"size": (32, 32), "frame_num": 1, "sampling_steps": 2, "seed": 1, "offload_model": None}
 
 
 def switched_on(cls: type[Optimization]) -> dict[str, Any]:
