@@ -13,11 +13,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.weights.stream import load_into, open_weights
 from wan.modules.vae_blocks import (
     Causal,
     CausalConv3d,
@@ -83,7 +85,9 @@ class VAEConfig:
     @classmethod
     def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VAEConfig:
         """Read from the shapes of a state dict with upstream's keys; raises BadCheckpoint if it is no Wan VAE."""
-        pattern = re.compile(r"encoder\.downsamples\.(\d+)(?:\.downsamples\.(\d+))?\.(?:residual\.2|resample\.1)\.weight")
+        pattern = re.compile(
+            r"encoder\.downsamples\.(\d+)(?:\.downsamples\.(\d+))?\.(?:residual\.2|resample\.1)\.weight"
+        )
         found = [match for key in shapes if (match := pattern.fullmatch(key))]
         found.sort(key=lambda match: (int(match[1]), int(match[2] or 0)))
         widths: list[list[int]] = [[]]
@@ -314,11 +318,13 @@ def build_vae(shapes: Mapping[str, Sequence[int]]) -> WanVAEModel:
     return model
 
 
-def load_vae(path: str | os.PathLike[str]) -> WanVAEModel:
-    """The VAE in a file with upstream's keys, in eval mode, on the CPU, in the file's dtype; raises BadCheckpoint."""
-    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    model = build_vae({key: value.shape for key, value in weights.items()})
-    model.load_state_dict(weights, strict=True, assign=True)
+def load_vae(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> WanVAEModel:
+    """The VAE in a file with upstream's keys, in eval mode; `dtype` None keeps the file's. Raises BadCheckpoint."""
+    weights = open_weights(Path(path))
+    model = build_vae(weights.shapes())
+    load_into(model, weights.stream(), dtype=lambda key: dtype, place=lambda key, tensor: torch.device(device))
     return model.eval().requires_grad_(False)
 
 
@@ -336,9 +342,11 @@ class WanVAE:
         dtype: torch.dtype = torch.float,
         device: torch.device | str = "cuda",
     ) -> None:
-        self.model = load_vae(vae_pth).to(device=device, dtype=dtype)
+        self.model = load_vae(vae_pth, dtype, device)
         if self.model.z_dim != z_dim:
-            raise BadCheckpoint(f"{vae_pth!r} has {self.model.z_dim} latent channels, z_dim={z_dim!r} was asked for")
+            raise BadCheckpoint(
+                f"{str(vae_pth)!r} has {self.model.z_dim} latent channels, z_dim={z_dim!r} was asked for"
+            )
 
     @classmethod
     def from_model(cls, model: WanVAEModel) -> WanVAE:
