@@ -86,7 +86,7 @@ def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
         def set_timesteps(self, num_inference_steps: int, device: Any = None, **kwargs: Any) -> None:
             import numpy as np
 
-            levels = np.linspace(SPACINGS["unipc"].first, 0, num_inference_steps + 1)[:-1]
+            levels: Any = np.linspace(SPACINGS["unipc"].first, 0, num_inference_steps + 1)[:-1]
             super().set_timesteps(device=device, sigmas=shifted(levels, wanted.shift))
 
     class TimedPipeline(WanPipeline):

@@ -188,7 +188,7 @@ def build(variant: Variant, args: argparse.Namespace) -> tuple[Runner, Ready]:
     config = type(wanted.config)(wanted.config)
     if variant.dtype is not None:
         config.param_dtype = config.t5_dtype = getattr(torch, variant.dtype)
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     runner: Runner
     if variant.runner == "diffusers":
         import diffusers
