@@ -1,4 +1,4 @@
-"""Trains the model in demo/ from nothing: VAE, then DiT with its text encoder, then the two experts, then the measurement.
+"""Trains the model in demo/ from nothing: VAE, DiT with its text encoder, the two experts, then measures it.
 
     python tools/train_demo.py all --work runs/demo        every stage, about 100 minutes on 2 cores with AMX
     python tools/train_demo.py evaluate --folder demo      measure the shipped weights again

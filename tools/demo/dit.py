@@ -1,8 +1,10 @@
 """The DiT as it is trained: a second statement of `wan.modules.model.WanModel`'s forward pass, written for throughput.
 
-Parameters carry upstream's names. Weights and activations are bfloat16 copies of float32 masters, the residual stream
-included, and one compiled function serves every block. `tests/wan/test_train_demo.py` holds it to `WanModel` in float32.
+Parameters carry upstream's names. Weights and activations are bfloat16 copies of float32 masters, the residual
+stream included, and one compiled function serves every block. `tests/wan/test_train_demo.py` holds it to `WanModel`
+in float32.
 """
+
 from __future__ import annotations
 
 import functools
@@ -39,8 +41,8 @@ class DitConfig:
 
 BLOCK_KEYS = (
     "modulation", "norm3.weight", "norm3.bias",
-    *(f"{part}.{name}.{kind}" for part in ("self_attn", "cross_attn") for name in "qkvo" for kind in ("weight", "bias")),
-    *(f"{part}.norm_{name}.weight" for part in ("self_attn", "cross_attn") for name in "qk"),
+    *(f"{part}_attn.{name}.{kind}" for part in ("self", "cross") for name in "qkvo" for kind in ("weight", "bias")),
+    *(f"{part}_attn.norm_{name}.weight" for part in ("self", "cross") for name in "qk"),
     "ffn.0.weight", "ffn.0.bias", "ffn.2.weight", "ffn.2.bias",
 )  # fmt: skip
 
@@ -113,7 +115,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x.dtype)
 
 
-def block_forward(x: Tensor, time: Tensor, context: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor], heads: int, eps: float) -> Tensor:
+def block_forward(
+    x: Tensor, time: Tensor, context: Tensor, cos: Tensor, sin: Tensor, weights: list[Tensor], heads: int, eps: float
+) -> Tensor:
     """One block: x [B, L, D], time [B, 6, D] float32, context [B, S, D]."""
     p = dict(zip(BLOCK_KEYS, weights, strict=True))
     batch, length, dim = x.shape
@@ -127,7 +131,9 @@ def block_forward(x: Tensor, time: Tensor, context: Tensor, cos: Tensor, sin: Te
     q = _rotate(_rms(qkv[0], p["self_attn.norm_q.weight"], eps).view(batch, length, heads, -1), cos, sin)
     k = _rotate(_rms(qkv[1], p["self_attn.norm_k.weight"], eps).view(batch, length, heads, -1), cos, sin)
     v = qkv[2].view(batch, length, heads, -1)
-    seen = F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)).transpose(1, 2).reshape(x.shape)
+    seen = (
+        F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)).transpose(1, 2).reshape(x.shape)
+    )
     seen = F.linear(seen, p["self_attn.o.weight"], p["self_attn.o.bias"])
     x = (x.float() + m[2] * seen.float()).to(x.dtype)
 
@@ -136,7 +142,9 @@ def block_forward(x: Tensor, time: Tensor, context: Tensor, cos: Tensor, sin: Te
     k = _rms(F.linear(context, p["cross_attn.k.weight"], p["cross_attn.k.bias"]), p["cross_attn.norm_k.weight"], eps)
     v = F.linear(context, p["cross_attn.v.weight"], p["cross_attn.v.bias"])
     q, k, v = (t.view(batch, -1, heads, dim // heads) for t in (q, k, v))
-    read = F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)).transpose(1, 2).reshape(x.shape)
+    read = (
+        F.scaled_dot_product_attention(heads_first(q), heads_first(k), heads_first(v)).transpose(1, 2).reshape(x.shape)
+    )
     x = x + F.linear(read, p["cross_attn.o.weight"], p["cross_attn.o.bias"])
 
     a = _layer_norm(x, 1 + m[4], m[3], eps)
@@ -146,9 +154,14 @@ def block_forward(x: Tensor, time: Tensor, context: Tensor, cos: Tensor, sin: Te
 
 
 def velocity(
-    p: Params, config: DitConfig, latents: Tensor, sigma: Tensor, context: Tensor, block: Callable[..., Tensor] = block_forward
+    p: Params,
+    config: DitConfig,
+    latents: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    block: Callable[..., Tensor] = block_forward,
 ) -> Tensor:
-    """latents [B, 16, T, H, W], sigma [B] in 0..1, context [B, text_len, text_dim] -> velocity [B, 16, T, H, W] float32.
+    """latents [B, 16, T, H, W], sigma [B] in 0..1, context [B, text_len, text_dim] -> velocity like latents, float32.
 
     Block weights are used in their own dtype; time and head are float32, as in the shipped class.
     """

@@ -1,4 +1,5 @@
 """Trains the demo's DiT: first one network on all noise levels together with the text encoder, then the two experts."""
+
 from __future__ import annotations
 
 import random
@@ -72,7 +73,9 @@ def split_params(params: dict[str, Tensor], encoder: torch.nn.Module) -> tuple[l
     """Hidden matrices for Muon and everything else (gains, biases, embeddings, head, text encoder) for AdamW."""
     matrices = [v for name, v in params.items() if v.ndim == 2 and not name.startswith("head")]
     held = {id(v) for v in matrices}
-    return matrices, [v for v in params.values() if id(v) not in held] + [v for v in encoder.parameters() if v.requires_grad]
+    return matrices, [v for v in params.values() if id(v) not in held] + [
+        v for v in encoder.parameters() if v.requires_grad
+    ]
 
 
 def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: Path, start: Path | None = None) -> None:
@@ -100,20 +103,25 @@ def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: P
     while (done := clock.done()) < 1:
         latents, shown = pool.batch(config.batch)
         tokens = [
-            [text.EOS] if rng.random() < config.no_caption else tokenizer(scenes.caption(scene, rng), rng) for scene in shown
+            [text.EOS] if rng.random() < config.no_caption else tokenizer(scenes.caption(scene, rng), rng)
+            for scene in shown
         ]
         noise = torch.randn(latents.shape, generator=generator)
         sigma = draw_sigma(config.batch, config.low, config.high, generator)
         level = sigma.view(-1, 1, 1, 1, 1)
         context = text.embed(encoder, tokens, config.model.text_len)
-        predicted = dit.velocity(dit.compute_copy(params), config.model, (1 - level) * latents + level * noise, sigma, context, block)
+        predicted = dit.velocity(
+            dit.compute_copy(params), config.model, (1 - level) * latents + level * noise, sigma, context, block
+        )
         loss = (predicted - (noise - latents)).square().mean()
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
         average_gradients([*matrices, *others], world)
         torch.nn.utils.clip_grad_norm_(others, 1.0)
-        scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / max(1e-9, 1 - config.decay_from) if config.decay_from < 1 else 1.0)
+        scale = min(1.0, (step + 1) / 100) * min(
+            1.0, (1 - done) / max(1e-9, 1 - config.decay_from) if config.decay_from < 1 else 1.0
+        )
         for rate, group in zip(rates, (g for o in optimizers for g in o.param_groups), strict=True):
             group["lr"] = rate * scale
         for optimizer in optimizers:
@@ -128,7 +136,8 @@ def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: P
             print(f"dit {done:.3f} step {step} clips {world * len(pool)} loss {recent:.4f}", flush=True)
             _save(average, step, out)
     if rank == 0:
-        print(f"dit done: {step} steps, {step * config.batch * world} samples, loss {sum(losses[-200:]) / len(losses[-200:]):.4f}", flush=True)
+        recent = sum(losses[-200:]) / len(losses[-200:])
+        print(f"dit done: {step} steps, {step * config.batch * world} samples, loss {recent:.4f}", flush=True)
         _save(average, step, out)
 
 

@@ -1,4 +1,4 @@
-"""Measures a demo checkpoint: prompts of combinations never trained on, sampled through `wan.WanT2V`, judged from pixels.
+"""Measures a demo checkpoint: prompts of combinations never trained on, sampled by `wan.WanT2V`, judged from pixels.
 
 Beside the model stand the two bounds of the judge: the rendered clip of the same scene, and that clip through the VAE.
 """

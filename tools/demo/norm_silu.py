@@ -1,8 +1,9 @@
 """One fused CPU operation for VAE training: RMS norm, SiLU and two zero frames in front.
 
-Most of a training step's time on a CPU goes into this chain when torch runs it op by op. Where no C++ compiler is at hand,
-or for other dtypes and devices, plain torch does the same.
+Most of a training step's time on a CPU goes into this chain when torch runs it op by op. Where no C++ compiler is at
+hand, or for other dtypes and devices, plain torch does the same.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -39,7 +40,9 @@ class _NormSilu(torch.autograd.Function):
         x = x.contiguous(memory_format=torch.channels_last_3d)
         batch, width, frames, height, breadth = x.shape
         gamma = gamma.float().flatten().contiguous()
-        out = torch.empty(batch, width, frames + PAD_FRAMES, height, breadth, dtype=x.dtype, memory_format=torch.channels_last_3d)
+        out = torch.empty(
+            batch, width, frames + PAD_FRAMES, height, breadth, dtype=x.dtype, memory_format=torch.channels_last_3d
+        )
         ctx.save_for_backward(x, gamma)
         plane = height * breadth
         _call("norm_silu_forward", (x, gamma, out), batch, frames * plane, PAD_FRAMES * plane, width)

@@ -1,4 +1,7 @@
-"""Data-parallel plumbing: one process per core, gradients averaged as one flat vector, averaged weights, wall-clock schedules."""
+"""What every training here needs: one process per core, gradients averaged as one flat vector, wall-clock schedules,
+averaged weights, and the optimizer of the hidden matrices.
+"""
+
 from __future__ import annotations
 
 import math
@@ -47,7 +50,7 @@ def average_gradients(params: Iterable[Tensor], world: int) -> None:
 
 
 class Clock:
-    """How much of the time allowed has passed. All processes follow rank 0's clock, so that they stop at the same step."""
+    """How much of the time allowed has passed. All processes follow rank 0's, so that they stop at the same step."""
 
     def __init__(self, seconds: float, world: int) -> None:
         self._start, self._seconds, self._world = time.monotonic(), seconds, world
@@ -79,9 +82,10 @@ class Average:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz iterations, matrices of one shape together (https://kellerjordan.github.io/posts/muon).
+    """Momentum orthogonalised by Newton-Schulz iterations, matrices of one shape together.
 
-    The update is scaled to AdamW's usual size (Moonshot's 0.2 sqrt(max(rows, columns))).
+    The update is scaled to AdamW's usual size, 0.2 sqrt(max(rows, columns)). Source: Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon; Liu et al. 2025, arXiv:2502.16982.
     """
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float = 0.0, momentum: float = 0.95) -> None:

@@ -1,4 +1,5 @@
 """The demo's world: random scenes, the clips they look like, and the captions people would write for them."""
+
 from __future__ import annotations
 
 import random
@@ -108,21 +109,45 @@ def _distance(shape: str, x: Tensor, y: Tensor, extent: Tensor) -> Tensor:
 
 
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
-_SHAPE_WORDS = {"circle": ("circle", "circle", "disc", "ball"), "square": ("square", "square", "box"), "triangle": ("triangle",)}
+_SHAPE_WORDS = {
+    "circle": ("circle", "circle", "disc", "ball"),
+    "square": ("square", "square", "box"),
+    "triangle": ("triangle",),
+}
 _SPEED_WORDS = {"slow": ("slowly", "slowly", "gently"), "quick": ("quickly", "fast", "rapidly")}
-_VERBS = (("moves", "moving"), ("slides", "sliding"), ("drifts", "drifting"), ("glides", "gliding"), ("travels", "traveling"))
-_SIDEWAYS = {"right": ("to the right", "right", "from left to right"), "left": ("to the left", "left", "from right to left")}
+_VERBS = (
+    ("moves", "moving"),
+    ("slides", "sliding"),
+    ("drifts", "drifting"),
+    ("glides", "gliding"),
+    ("travels", "traveling"),
+)
+_SIDEWAYS = {
+    "right": ("to the right", "right", "from left to right"),
+    "left": ("to the left", "left", "from right to left"),
+}
 _UPDOWN = {"up": ("up", "upward", "upwards", "to the top"), "down": ("down", "downward", "downwards", "to the bottom")}
 _CORNER = {"up": ("upper", "top"), "down": ("lower", "bottom")}
 _RESTING = {
     "still": ("stays still", "does not move", "stands still", "staying still", "rests in place", "is not moving"),
     "grow": ("grows", "gets bigger", "becomes larger", "expands", "growing", "is growing", "getting bigger"),
-    "shrink": ("shrinks", "gets smaller", "becomes smaller", "contracts", "shrinking", "is shrinking", "getting smaller"),
+    "shrink": (
+        "shrinks",
+        "gets smaller",
+        "becomes smaller",
+        "contracts",
+        "shrinking",
+        "is shrinking",
+        "getting smaller",
+    ),
 }
 _TONE_WORDS = {"black": ("black", "black", "dark"), "gray": ("gray", "grey"), "white": ("white", "white", "bright")}
 _TEXTURE_WORDS = {
-    "plain": ("plain", "solid"), "striped": ("striped",), "checkered": ("checkered", "checkerboard"), "dotted": ("dotted",),
-}  # fmt: skip
+    "plain": ("plain", "solid"),
+    "striped": ("striped",),
+    "checkered": ("checkered", "checkerboard"),
+    "dotted": ("dotted",),
+}
 _PLACES = ("on a", "over a", "against a", "in front of a", "on the", "with a")
 
 
@@ -169,7 +194,8 @@ def _path(motion: str, rng: random.Random) -> str:
     vertical, side = motion.split("-")
     corner = rng.choice(_CORNER[vertical])
     return rng.choice((
-        f"{vertical} and to the {side}", f"diagonally {vertical} and to the {side}", f"diagonally {vertical} and {side}",
+        f"{vertical} and to the {side}", f"diagonally {vertical} and to the {side}",
+        f"diagonally {vertical} and {side}",
         f"toward the {corner} {side}", f"to the {corner} {side} corner", f"{vertical} and {side}",
     ))  # fmt: skip
 
@@ -185,7 +211,22 @@ def _with_backdrop(text: str, scene: Scene, rng: random.Random, complete: bool) 
 
 def vocabulary() -> list[str]:
     """Every lower-case word a caption can hold, sorted."""
-    words = {"a", "an", "the", "is", "and", "to", "toward", "diagonally", "corner", "background", "backdrop", ".", ",", *judge.COLORS}
+    words = {
+        "a",
+        "an",
+        "the",
+        "is",
+        "and",
+        "to",
+        "toward",
+        "diagonally",
+        "corner",
+        "background",
+        "backdrop",
+        ".",
+        ",",
+        *judge.COLORS,
+    }
     tables: tuple[dict[str, tuple[str, ...]], ...] = (
         _SIZE_WORDS, _SHAPE_WORDS, _SPEED_WORDS, _SIDEWAYS, _UPDOWN, _CORNER, _RESTING, _TONE_WORDS, _TEXTURE_WORDS,
     )  # fmt: skip

@@ -1,4 +1,5 @@
 """The demo's tokenizer and text encoder: whole words, and a two-layer umT5 encoder."""
+
 from __future__ import annotations
 
 import json
@@ -56,7 +57,8 @@ def write_tokenizer(folder: Path) -> None:
     """Writes a Hugging Face fast-tokenizer folder: lower-cased words and punctuation, unknown words become <unk>."""
     vocab = WordTokenizer().ids
     added = [
-        {"id": index, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        {"id": index, "content": word, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}
         for index, word in enumerate(SPECIAL)
     ]  # fmt: skip
     sequence = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
@@ -66,7 +68,10 @@ def write_tokenizer(folder: Path) -> None:
         "pre_tokenizer": {"type": "Whitespace"},
         "post_processor": {
             "type": "TemplateProcessing", "single": sequence,
-            "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "</s>", "type_id": 1}}],
+            "pair": [
+                *sequence,
+                {"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "</s>", "type_id": 1}},
+            ],
             "special_tokens": {"</s>": {"id": "</s>", "ids": [EOS], "tokens": ["</s>"]}},
         },
         "decoder": None,

@@ -1,14 +1,14 @@
 """The demo's VAE as it is trained: Wan 2.1's architecture at a small width.
 
 The forward pass here is a second statement of `wan.modules.vae`, written for throughput: it takes a whole clip at once
-where the shipped class walks through it in causal chunks (the two agree, see `tests/wan/test_train_demo.py`), works in
-bfloat16 with channels last, and is compiled. Parameters carry upstream's names from the first step, so the state dict that
-training ends with is the checkpoint.
+where the shipped class walks through it in causal chunks (the two agree, see `tests/wan/test_train_demo.py`) and works
+in bfloat16 with channels last. Parameters carry upstream's names from the first step, so the state dict that training
+ends with is the checkpoint.
 """
+
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,9 @@ def encoder_levels(res_blocks: int) -> list[Level]:
     for depth in range(len(MULTIPLIERS)):
         blocks = tuple(range(index, index + res_blocks))
         last = depth == len(MULTIPLIERS) - 1
-        levels.append(Level(blocks=blocks, resampler=None if last else index + res_blocks, temporal=not last and TEMPORAL[depth]))
+        levels.append(
+            Level(blocks=blocks, resampler=None if last else index + res_blocks, temporal=not last and TEMPORAL[depth])
+        )
         index += res_blocks + 1
     return levels
 
@@ -48,7 +50,9 @@ def decoder_levels(res_blocks: int) -> list[Level]:
     for depth in range(len(MULTIPLIERS)):
         blocks = tuple(range(index, index + res_blocks + 1))
         last = depth == len(MULTIPLIERS) - 1
-        levels.append(Level(blocks=blocks, resampler=None if last else blocks[-1] + 1, temporal=not last and temporal[depth]))
+        levels.append(
+            Level(blocks=blocks, resampler=None if last else blocks[-1] + 1, temporal=not last and temporal[depth])
+        )
         index += res_blocks + 2
     return levels
 
@@ -56,81 +60,98 @@ def decoder_levels(res_blocks: int) -> list[Level]:
 # ---------------------------------------------------------------- parameters
 
 
-def init_params(base: int, res_blocks: int, seed: int) -> Params:
-    """Random weights under upstream's names.
+class _Fresh:
+    """Random weights under upstream's names, drawn part by part.
 
-    The main path keeps the variance of what flows through it and the residual branches start small. With torch's default
-    the un-normalised main path shrinks by 0.58 per convolution while the branches keep their size, and colour never
-    finds its way through.
+    The main path keeps the variance of what flows through it and the residual branches start small. With torch's
+    default the un-normalised main path shrinks by 0.58 per convolution while the branches keep their size, and colour
+    never finds its way through.
     """
-    generator = torch.Generator().manual_seed(seed)
-    params: Params = {}
 
-    def conv(name: str, out: int, inner: int, kernel: tuple[int, ...], gain: float = 1.0) -> None:
-        fan_in = inner * math.prod(kernel)
-        params[f"{name}.weight"] = torch.randn(out, inner, *kernel, generator=generator) * gain / math.sqrt(fan_in)
-        params[f"{name}.bias"] = torch.zeros(out)
+    def __init__(self, seed: int) -> None:
+        self.params: Params = {}
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def block(name: str, inner: int, out: int) -> None:
-        params[f"{name}.residual.0.gamma"] = torch.ones(inner, 1, 1, 1)
-        conv(f"{name}.residual.2", out, inner, (3, 3, 3), 1.4)
-        params[f"{name}.residual.3.gamma"] = torch.ones(out, 1, 1, 1)
-        conv(f"{name}.residual.6", out, out, (3, 3, 3), 0.25 * 1.4)
+    def conv(self, name: str, out: int, inner: int, kernel: tuple[int, ...], gain: float = 1.0) -> None:
+        weight = torch.randn(out, inner, *kernel, generator=self._generator)
+        self.params[f"{name}.weight"] = weight * gain / math.sqrt(inner * math.prod(kernel))
+        self.params[f"{name}.bias"] = torch.zeros(out)
+
+    def gamma(self, name: str, width: int, dims: int = 3) -> None:
+        self.params[f"{name}.gamma"] = torch.ones(width, *[1] * dims)
+
+    def block(self, name: str, inner: int, out: int) -> None:
+        self.gamma(f"{name}.residual.0", inner)
+        self.conv(f"{name}.residual.2", out, inner, (3, 3, 3), 1.4)
+        self.gamma(f"{name}.residual.3", out)
+        self.conv(f"{name}.residual.6", out, out, (3, 3, 3), 0.25 * 1.4)
         if inner != out:
-            conv(f"{name}.shortcut", out, inner, (1, 1, 1))
+            self.conv(f"{name}.shortcut", out, inner, (1, 1, 1))
 
-    def middle(name: str, width: int) -> None:
-        block(f"{name}.0", width, width)
-        params[f"{name}.1.norm.gamma"] = torch.ones(width, 1, 1)
-        conv(f"{name}.1.to_qkv", 3 * width, width, (1, 1))
-        conv(f"{name}.1.proj", width, width, (1, 1), 0.25)
-        block(f"{name}.2", width, width)
+    def middle(self, name: str, width: int) -> None:
+        self.block(f"{name}.0", width, width)
+        self.gamma(f"{name}.1.norm", width, 2)
+        self.conv(f"{name}.1.to_qkv", 3 * width, width, (1, 1))
+        self.conv(f"{name}.1.proj", width, width, (1, 1), 0.25)
+        self.block(f"{name}.2", width, width)
 
-    def identity_in_time(name: str, width: int, copies: int) -> None:
-        weight = torch.randn(copies * width, width, 3, 1, 1, generator=generator) * 0.02
-        for copy in range(copies):
-            weight[copy * width : (copy + 1) * width, :, 2, 0, 0] += torch.eye(width)
-        params[f"{name}.weight"], params[f"{name}.bias"] = weight, torch.zeros(copies * width)
+    def identity_in_time(self, name: str, width: int, copies: int) -> None:
+        weight = torch.randn(copies * width, width, 3, 1, 1, generator=self._generator) * 0.02
+        weight[:, :, 2, 0, 0] += torch.eye(width).repeat(copies, 1)
+        self.params[f"{name}.weight"], self.params[f"{name}.bias"] = weight, torch.zeros(copies * width)
 
-    widths = [base * m for m in MULTIPLIERS]
-    conv("encoder.conv1", base, 3, (3, 3, 3))
-    inner = base
-    for width, level in zip(widths, encoder_levels(res_blocks), strict=True):
-        for index in level.blocks:
-            block(f"encoder.downsamples.{index}", inner, width)
-            inner = width
-        if level.resampler is not None:
-            conv(f"encoder.downsamples.{level.resampler}.resample.1", width, width, (3, 3))
+    def encoder(self, widths: list[int], res_blocks: int) -> None:
+        inner = widths[0]
+        self.conv("encoder.conv1", inner, 3, (3, 3, 3))
+        for width, level in zip(widths, encoder_levels(res_blocks), strict=True):
+            for index in level.blocks:
+                self.block(f"encoder.downsamples.{index}", inner, width)
+                inner = width
+            if level.resampler is not None:
+                self.conv(f"encoder.downsamples.{level.resampler}.resample.1", width, width, (3, 3))
             if level.temporal:
-                identity_in_time(f"encoder.downsamples.{level.resampler}.time_conv", width, 1)
-    middle("encoder.middle", inner)
-    params["encoder.head.0.gamma"] = torch.ones(inner, 1, 1, 1)
-    conv("encoder.head.2", 2 * Z, inner, (3, 3, 3))
-    conv("conv1", 2 * Z, 2 * Z, (1, 1, 1))
-    params["conv1.weight"][Z:] *= 0.1
-    params["conv1.bias"][Z:] = -6.0  # nearly noise-free at the start
-    conv("conv2", Z, Z, (1, 1, 1))
-    conv("decoder.conv1", widths[-1], Z, (3, 3, 3))
-    middle("decoder.middle", widths[-1])
-    inner = widths[-1]
-    for depth, level in enumerate(decoder_levels(res_blocks)):
-        width = widths[len(widths) - 1 - depth]
-        for index in level.blocks:
-            block(f"decoder.upsamples.{index}", inner, width)
-            inner = width
-        if level.resampler is not None:
+                self.identity_in_time(f"encoder.downsamples.{level.resampler}.time_conv", width, 1)
+        self.middle("encoder.middle", inner)
+        self.gamma("encoder.head.0", inner)
+        self.conv("encoder.head.2", 2 * Z, inner, (3, 3, 3))
+
+    def latents(self) -> None:
+        self.conv("conv1", 2 * Z, 2 * Z, (1, 1, 1))
+        self.params["conv1.weight"][Z:] *= 0.1
+        self.params["conv1.bias"][Z:] = -6.0  # nearly noise-free at the start
+        self.conv("conv2", Z, Z, (1, 1, 1))
+
+    def decoder(self, widths: list[int], res_blocks: int) -> None:
+        inner = widths[-1]
+        self.conv("decoder.conv1", inner, Z, (3, 3, 3))
+        self.middle("decoder.middle", inner)
+        for width, level in zip(reversed(widths), decoder_levels(res_blocks), strict=True):
+            for index in level.blocks:
+                self.block(f"decoder.upsamples.{index}", inner, width)
+                inner = width
             if level.temporal:
-                identity_in_time(f"decoder.upsamples.{level.resampler}.time_conv", width, 2)
-            conv(f"decoder.upsamples.{level.resampler}.resample.1", width // 2, width, (3, 3))
-            inner = width // 2
-    params["decoder.head.0.gamma"] = torch.ones(inner, 1, 1, 1)
-    conv("decoder.head.2", 3, inner, (3, 3, 3), 0.5)
-    return params
+                self.identity_in_time(f"decoder.upsamples.{level.resampler}.time_conv", width, 2)
+            if level.resampler is not None:
+                self.conv(f"decoder.upsamples.{level.resampler}.resample.1", width // 2, width, (3, 3))
+                inner = width // 2
+        self.gamma("decoder.head.0", inner)
+        self.conv("decoder.head.2", 3, inner, (3, 3, 3), 0.5)
+
+
+def init_params(base: int, res_blocks: int, seed: int) -> Params:
+    """Random weights for a VAE of width `base`, see `_Fresh`."""
+    fresh, widths = _Fresh(seed), [base * m for m in MULTIPLIERS]
+    fresh.encoder(widths, res_blocks)
+    fresh.latents()
+    fresh.decoder(widths, res_blocks)
+    return fresh.params
 
 
 def res_blocks_of(params: Params) -> int:
     """Reads the depth of a level from the names: the first resampler follows the first level's blocks."""
-    return min(int(name.split(".")[2]) for name in params if name.startswith("encoder.downsamples.") and ".resample." in name)
+    return min(
+        int(name.split(".")[2]) for name in params if name.startswith("encoder.downsamples.") and ".resample." in name
+    )
 
 
 # ---------------------------------------------------------------- forward
@@ -236,9 +257,11 @@ LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 @torch.no_grad()
 def fold_normalization(params: Params, videos: list[Tensor]) -> Params:
-    """Rescales the 1x1 convolutions on either side of the latents so that they have mean 0 and deviation 1 with Wan's constants."""
+    """Rescales the 1x1 convolutions beside the latents, which get mean 0 and deviation 1 with Wan's constants."""
     weights = compute_copy(params)
-    latents = torch.cat([encode(weights, video.bfloat16())[0].float().movedim(1, 0).flatten(1) for video in videos], 1).double()
+    latents = torch.cat(
+        [encode(weights, video.bfloat16())[0].float().movedim(1, 0).flatten(1) for video in videos], 1
+    ).double()
     mean, std = latents.mean(1), latents.std(1)
     wanted_mean, wanted_std = torch.tensor(LATENT_MEAN).double(), torch.tensor(LATENT_STD).double()
     gain = wanted_std / std

@@ -1,4 +1,5 @@
 """Trains the demo's VAE: first colour and layout from nothing, then the outlines."""
+
 from __future__ import annotations
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import scenes
 from .parallel import Average, Clock, average_gradients, cosine
-from .vae import Z, Params, compute_copy, decode, encode, init_params
+from .vae import Params, Z, compute_copy, decode, encode, init_params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +144,25 @@ def train_vae(rank: int, world: int, config: VaeTraining, out: Path, start: Path
     pool = ClipPool(config.clips, combos["train"], config.seed + 100 * rank)
     rng = random.Random(99)
     held_out = scenes.render([scenes.random_scene(rng, rng.choice(combos["validation"])) for _ in range(4)])
-    params = init_params(config.base, config.res_blocks, config.seed) if start is None else torch.load(start, weights_only=True)
+    params = (
+        init_params(config.base, config.res_blocks, config.seed)
+        if start is None
+        else torch.load(start, weights_only=True)
+    )
     for value in params.values():
         value.requires_grad_()
-    optimizer = torch.optim.AdamW(list(params.values()), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(
+        list(params.values()), lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0, foreach=True
+    )
     average = Average(params, 0.998)
     generator = torch.Generator().manual_seed(config.seed + rank)
     clock, step, reported = Clock(config.seconds, world), 0, time.monotonic()
     while (done := clock.done()) < 1:
         stage = next(stage for stage in config.stages if done < stage.until)
         video = pool.crops(stage.batch, stage.frames, stage.side)
-        noise = torch.randn(stage.batch, Z, (stage.frames - 1) // 4 + 1, stage.side // 8, stage.side // 8, generator=generator)
+        noise = torch.randn(
+            stage.batch, Z, (stage.frames - 1) // 4 + 1, stage.side // 8, stage.side // 8, generator=generator
+        )
         by = LossWeights(
             kl=config.kl * (min(1.0, 0.2 + 0.8 * done / config.kl_ramp) if config.kl_ramp else 1.0),
             edges=0.5 * min(1.0, max(0.0, (done - config.edges[0]) / (config.edges[1] - config.edges[0]))),

@@ -1,13 +1,14 @@
 """Reads, from pixels alone, what a clip of the demo's world shows.
 
-The demo model (`demo/`) draws one coloured shape that moves over a grey backdrop. Because that world is small, whether a
-generated clip obeys its prompt can be measured instead of judged by eye, and every approximation (a cache, a low-precision
-format, a sparse attention) can be held against the same ruler. The world's vocabulary lives here, next to the code that
-reads it; the renderer that makes training clips imports it.
+The demo model (`demo/`) draws one coloured shape that moves over a grey backdrop. Because that world is small, whether
+a generated clip obeys its prompt can be measured instead of judged by eye, and every approximation (a cache, a
+low-precision format, a sparse attention) can be held against the same ruler. The world's vocabulary lives here, next
+to the code that reads it; the renderer that makes training clips imports it.
 
 All objects are saturated and all backdrops are grey, so a pixel minus its own grey value is `coverage * object chroma`:
 the object's soft outline can be read exactly, whatever the backdrop.
 """
+
 from __future__ import annotations
 
 import math
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from wan.engine.errors import BadRequest
 
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 35, 35),
@@ -73,7 +76,7 @@ class Verdict:
 
 
 def texture_pattern(name: str, height: int, width: int) -> Tensor:
-    """Returns the pattern [height, width] of a backdrop, 0 where its base tone shows and 1 where its second tone does."""
+    """Returns the pattern [height, width] of a backdrop: 0 where its base tone shows, 1 where its second tone does."""
     y = torch.arange(height).view(-1, 1).expand(height, width)
     x = torch.arange(width).view(1, -1).expand(height, width)
     if name == "plain":
@@ -85,7 +88,7 @@ def texture_pattern(name: str, height: int, width: int) -> Tensor:
     if name == "dotted":
         distance = ((x % 16 - 7.5) ** 2 + (y % 16 - 7.5) ** 2).sqrt()
         return (5.0 - distance).clamp(0, 1)
-    raise ValueError(f"unknown texture {name!r}: one of {', '.join(TEXTURES)}")
+    raise BadRequest(f"no texture is called {name!r}; use one of {', '.join(TEXTURES)}")
 
 
 def shape_template(name: str, size: int = 48) -> Tensor:
@@ -99,17 +102,17 @@ def shape_template(name: str, size: int = 48) -> Tensor:
     elif name == "triangle":
         inside = x.abs() <= (y + 1) / 2
     else:
-        raise ValueError(f"unknown shape {name!r}: one of {', '.join(SHAPES)}")
+        raise BadRequest(f"no shape is called {name!r}; use one of {', '.join(SHAPES)}")
     return F.avg_pool2d(inside.float()[None, None], 4)[0, 0]
 
 
 def judge(video: Tensor) -> Verdict:
     """Reads a clip [3, T, H, W] with values in [-1, 1], T >= 2, trained size 33 x 96 x 96.
 
-    Raises ValueError on another layout. A clip without any coloured object still gets a verdict, of low `shape_iou`.
+    Raises BadRequest on another layout. A clip without any coloured object still gets a verdict, of low `shape_iou`.
     """
     if video.ndim != 4 or video.shape[0] != 3 or video.shape[1] < 2:
-        raise ValueError(f"expected a video [3, T >= 2, H, W], got {tuple(video.shape)}")
+        raise BadRequest(f"no video of shape {tuple(video.shape)!r} can be judged; pass [3, T, H, W] with T >= 2")
     frames = (video.float().clamp(-1, 1).movedim(0, 1) + 1) * 127.5  # [T, 3, H, W], 0..255
     color, distance, chroma = _object_color(frames)
     coverage = _coverage(frames, chroma)
