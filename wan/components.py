@@ -58,7 +58,12 @@ class Checkpoint:
             raise BadCheckpoint(
                 f"checkpoint folder {str(self.folder)!r} does not exist; pass --ckpt_dir with the folder you downloaded"
             )
-        wanted = [self.text_encoder, self.tokenizer, self.vae, *(path / "config.json" for path in self.experts.values())]
+        wanted = [
+            self.text_encoder,
+            self.tokenizer,
+            self.vae,
+            *(path / "config.json" for path in self.experts.values()),
+        ]
         for path in wanted:
             if not path.exists():
                 raise BadCheckpoint(
@@ -94,9 +99,7 @@ class _Network:
     path: Path
     build: Callable[[Shapes], nn.Module]
 
-    def component(
-        self, name: str, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False
-    ) -> Component:
+    def component(self, name: str, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False) -> Component:
         return Component(
             name=name, build=lambda: self.build(self.shapes), weights=lambda module: self.stream(), dtype=dtype,
             is_expert=name in ("dit", "high", "low"), float32=float32,

@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ from wan.modules.vae2_1 import Wan2_1_VAE
 from wan.modules.vae2_2 import Wan2_2_VAE
 from wan.video import TensorSink
 
+if TYPE_CHECKING:
+    from wan.modules.tokenizers import HuggingfaceTokenizer
+    from wan.modules.vae import WanVAE, WanVAEModel
+
 
 class WanPipeline:
     """Loads a checkpoint folder and makes videos from requests.
@@ -37,8 +41,6 @@ class WanPipeline:
     ("auto", or "dummy" for random weights of the real sizes), `progress`. Networks load at first use; the files'
     headers are read here. Raises BadCheckpoint and IncompatibleOptions.
     """
-
-    task_family: ClassVar[str]
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class WanPipeline:
         self.progress: Progress = progress or Silent()
         known = registry()
         switches = {"t5_cpu": t5_cpu or None, "convert_model_dtype": convert_model_dtype or None}
-        plan = Plan.of(known, {}).changed(known, (optimizations.values() if optimizations else {}), source="optimizations")
+        plan = Plan.of(known, {}).changed(
+            known, (optimizations.values() if optimizations else {}), source="optimizations"
+        )
         plan = plan.changed(known, switches | options)
         hardware = probe(device, device_id)
         if load_format not in ("auto", "dummy"):
@@ -77,7 +81,9 @@ class WanPipeline:
         if load_format == "auto" and checkpoint_dir is None:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
         components = (
-            dummy_components(config) if load_format == "dummy" else Checkpoint(Path(str(checkpoint_dir)), config).components()
+            dummy_components(config)
+            if load_format == "dummy"
+            else Checkpoint(Path(str(checkpoint_dir)), config).components()
         )
         self.engine: Engine = build_engine(components, plan, hardware)
         self.engine.progress = self.progress
@@ -166,9 +172,9 @@ class WanPipeline:
         self.engine.placement.set("low", module)
 
     @property
-    def vae(self) -> Wan2_1_VAE | Wan2_2_VAE:
+    def vae(self) -> WanVAE:
         """Upstream's wrapper over the engine's VAE: `.encode(list)`, `.decode(list)`, `.model`."""
-        module = self.engine.network("vae")
+        module = cast("WanVAEModel", self.engine.network("vae"))
         kind = Wan2_2_VAE if module.stride[1] == 16 else Wan2_1_VAE
         return kind.from_model(module)
 
@@ -180,18 +186,22 @@ class WanPipeline:
     def text_encoder(self) -> T5EncoderModel:
         """Upstream's wrapper over the engine's text encoder: `(texts, device) -> list`, `.model`, `.tokenizer`."""
         module = self.engine.network("text_encoder")
-        return T5EncoderModel.of(module, module.tokenizer)
+        return T5EncoderModel.of(module, cast("HuggingfaceTokenizer", module.tokenizer))
 
     @text_encoder.setter
     def text_encoder(self, value: T5EncoderModel) -> None:
-        value.model.tokenizer = value.tokenizer
+        value.model.tokenizer = value.tokenizer  # type: ignore[assignment]
         self.engine.placement.set("text_encoder", value.model)
 
 
 def check_request(request: Request, config: Any) -> None:
     """Raise BadRequest if this cannot be made; nothing is loaded."""
     check_video(
-        request.height, request.width, request.num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size)
+        request.height,
+        request.width,
+        request.num_frames,
+        stride=tuple(config.vae_stride),
+        patch=tuple(config.patch_size),
     )
     if request.solver not in SOLVERS:
         raise BadRequest(f"solver {request.solver!r} is unknown; use {', '.join(SOLVERS)}")
@@ -217,4 +227,6 @@ def scale_pair(guide_scale: float | tuple[float, float]) -> tuple[float, float]:
 def _refuse_parallel(**switches: bool) -> None:
     for name, on in switches.items():
         if on:
-            raise IncompatibleOptions(f"{name}={on!r} needs several GPUs, which this version cannot use yet; leave it off")
+            raise IncompatibleOptions(
+                f"{name}={on!r} needs several GPUs, which this version cannot use yet; leave it off"
+            )

@@ -56,7 +56,9 @@ def test_same_seed_gives_upstreams_latents_and_video(golden: Path, tiny_config: 
     latents: list[Tensor] = []
     run = pipe.run
     pipe.run = lambda request, **options: run(  # type: ignore[method-assign]
-        request, observe=(lambda step, x: (steps.append(step), latents.append(x)),), **options  # type: ignore[arg-type,return-value]
+        request,
+        observe=(lambda step, x: (steps.append(step), latents.append(x)),),
+        **options,  # type: ignore[arg-type,return-value]
     )
     video = pipe.generate(
         prompt, size=(64, 48), frame_num=5, shift=12.0, sample_solver="unipc", sampling_steps=4, guide_scale=(3.0, 4.0),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,7 +227,7 @@ class Engine:
                 job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
                 self.monitor.start(run.latents)
                 predict = Guidance(denoiser, run.branches, coefficients)
-                observe = (record, self.monitor, *job.observe)
+                observe: tuple[Observer, ...] = (record, self.monitor, *job.observe)
                 steps = segment.steps[segment.start :]
                 run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
                 self.monitor.flush()
@@ -235,7 +235,7 @@ class Engine:
     @contextmanager
     def _seams(self, dit: nn.Module, segment: Segment) -> Iterator[Denoiser]:
         """The denoiser of one segment, with the trunk and the denoiser wrapped as the plan asked."""
-        trunk = dit.trunk
+        trunk = cast("Trunk", dit.trunk)
         wrapped = trunk
         for wrap in self._trunk_wrappers:
             wrapped = wrap(wrapped, dit, segment)
@@ -243,12 +243,12 @@ class Engine:
         for wrap_denoiser in self._denoiser_wrappers:
             denoiser = wrap_denoiser(denoiser, dit, segment)
         if self._trunk_wrappers:
-            dit.trunk = wrapped
+            dit.trunk = wrapped  # type: ignore[assignment]
         try:
             yield denoiser
         finally:
             if self._trunk_wrappers:
-                dit.trunk = trunk
+                dit.trunk = trunk  # type: ignore[assignment]
 
     def _decode(self, run: Denoising, job: Job) -> Tensor | None:
         shot = run.shot
@@ -260,7 +260,7 @@ class Engine:
         with self._use("vae") as vae:
             job.progress.stage("decode")
             start = 0
-            for chunk in vae.decode_chunks(latents, frames_per_chunk=per_chunk):
+            for chunk in cast("Decoder", vae).decode_chunks(latents, frames_per_chunk=per_chunk):
                 frames = chunk[0].float().clamp_(-1, 1)
                 frames, start = _trimmed(frames, start, shot.trim), start + frames.shape[1]
                 if frames.shape[1]:

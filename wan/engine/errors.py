@@ -1,5 +1,7 @@
 """The errors a user can meet, in one tree, so that the command line can turn each into one line and an exit code.
 
+The tree, with the exit code of each branch:
+
     WanError
     ├── BadRequest            what to make is impossible (size, frames, missing prompt ...)         exit 2
     ├── IncompatibleOptions   two options, or an option and this machine, do not go together        exit 2

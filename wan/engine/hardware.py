@@ -27,12 +27,15 @@ class Hardware:
     def __str__(self) -> str:
         if not self.is_cuda:
             return self.name
-        return f"{self.name} (sm_{self.sm[0]}{self.sm[1]}, {self.free_memory / 2**30:.1f} of {self.total_memory / 2**30:.1f} GiB free)"
+        free, total = self.free_memory / 2**30, self.total_memory / 2**30
+        return f"{self.name} (sm_{self.sm[0]}{self.sm[1]}, {free:.1f} of {total:.1f} GiB free)"
 
 
 def world() -> tuple[int, int, int]:
     """Rank, world size and local rank as torchrun sets them; (0, 1, 0) in a single process."""
-    return tuple(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # type: ignore[return-value]
+    return tuple(
+        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )  # type: ignore[return-value]
 
 
 def probe(device: str | torch.device | None = None, device_id: int = 0) -> Hardware:

@@ -52,8 +52,8 @@ class Monitor:
     def _report(self, step: Step, finite: Tensor, now: torch.cuda.Event | float, seconds: float) -> None:
         if not finite:
             raise NonFinite(
-                f"the latents hold NaN or infinity after step {step.index + 1} of {step.count} (expert {step.expert!r}, "
-                f"t={step.t:g}). Likely causes: {_causes(step)}."
+                f"the latents hold NaN or infinity after step {step.index + 1} of {step.count} "
+                f"(expert {step.expert!r}, t={step.t:g}). Likely causes: {_causes(step)}."
             )
         self._since = now
         self.seconds.setdefault(step.expert, []).append(seconds)
@@ -61,7 +61,9 @@ class Monitor:
 
 
 def _causes(step: Step) -> str:
-    overflow = "weights or activations overflow their dtype (try --param_dtype bfloat16 or float32, and --attention sdpa)"
+    overflow = (
+        "weights or activations overflow their dtype (try --param_dtype bfloat16 or float32, and --attention sdpa)"
+    )
     if step.index == 0:
         return f"a damaged or wrong checkpoint, or {overflow}"
     return f"{overflow}, or a guidance scale or shift far from the model's defaults"

@@ -36,10 +36,14 @@ class Option:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        return tuple(value for kind in _alternatives(self.type) if get_origin(kind) is Literal for value in get_args(kind))
+        return tuple(
+            value for kind in _alternatives(self.type) if get_origin(kind) is Literal for value in get_args(kind)
+        )
 
 
-def option(default: Any, help: str, *, flags: Sequence[str] = (), off: Sequence[str] = (), takes_bool: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, flags: Sequence[str] = (), off: Sequence[str] = (), takes_bool: bool = False
+) -> Any:
     """A dataclass field that is an option.
 
     `flags` are the on spellings (default `--<field name>`), `off` those that switch it off (default

@@ -118,7 +118,9 @@ class Plan:
         known = {o.name: (o, cls_) for cls_ in registry for o in options_of(cls_)}
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise IncompatibleOptions(f"{source}: no option is called {unknown[0]!r}; known: {', '.join(sorted(known))}")
+            raise IncompatibleOptions(
+                f"{source}: no option is called {unknown[0]!r}; known: {', '.join(sorted(known))}"
+            )
         chosen: dict[type[Optimization], dict[str, Any]] = {cls_: {} for cls_ in registry}
         for name, value in values.items():
             if value is not None:
@@ -126,10 +128,14 @@ class Plan:
                 chosen[owner][name] = check_value(declared, value, source)
         return cls(tuple(owner(**fields) for owner, fields in chosen.items()), dict(reasons or {}))
 
-    def changed(self, registry: Iterable[type[Optimization]], values: Mapping[str, Any], *, source: str = "keyword") -> Plan:
+    def changed(
+        self, registry: Iterable[type[Optimization]], values: Mapping[str, Any], *, source: str = "keyword"
+    ) -> Plan:
         """This plan with some option values replaced; None leaves a value as it is."""
         given = {name: value for name, value in values.items() if value is not None}
-        return Plan.of(registry, self.values() | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)})
+        return Plan.of(
+            registry, self.values() | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)}
+        )
 
     def values(self) -> dict[str, Any]:
         """Option name -> value, for every option of every optimisation in the plan."""
@@ -146,12 +152,14 @@ class Plan:
     def check(self, hardware: Hardware) -> None:
         """Raise the first reason why this plan cannot run on `hardware`, naming both sides and the cure."""
         active = {type(o).__name__: o for o in self.enabled()}
-        for name, optimization in active.items():
+        for optimization in active.values():
             optimization.check(hardware)
             for conflict in optimization.conflicts:
                 if conflict.other in active and conflict.when(hardware):
                     mine, other = (switch_flag(type(o)) for o in (optimization, active[conflict.other]))
-                    raise IncompatibleOptions(f"{mine} and {other} do not go together: {conflict.why}. Drop one of them.")
+                    raise IncompatibleOptions(
+                        f"{mine} and {other} do not go together: {conflict.why}. Drop one of them."
+                    )
 
     def describe(self) -> str:
         """One line for the log: what is on, and why where that is known."""

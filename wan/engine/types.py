@@ -75,7 +75,9 @@ class Condition:
             values = [getattr(item, f.name) for item in items]
             if any(value is None for value in values):
                 if any(value is not None for value in values):
-                    raise ValueError(f"conditions differ: some have {f.name!r} and some do not, so they cannot be batched")
+                    raise ValueError(
+                        f"conditions differ: some have {f.name!r} and some do not, so they cannot be batched"
+                    )
                 continue
             changes[f.name] = torch.cat(values)
         return dataclasses.replace(items[0], memo={}, **changes)
@@ -251,7 +253,7 @@ Coefficients = Callable[[Step], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """What `Family.branches` may ask for: `use(name)` is a context manager that yields the network where it computes."""
+    """What `Family.branches` may ask for: `use(name)` is a context that yields the network where it computes."""
 
     use: Callable[[str], Any]
     device: torch.device
@@ -269,7 +271,7 @@ class Family:
     """(request, task config) -> steps, each naming its expert."""
     coefficients: Callable[[Request, Any], Coefficients]
     next_shot: Callable[[Request, Any, int, Tensor | None], Shot | None]
-    """(request, task config, index of the shot, carried frames) -> the shot, or None when the video is complete. Pure."""
+    """(request, task config, number of the shot, carried frames) -> the shot, or None after the last one. Pure."""
     inputs: type | None = None
     condition: type[Condition] = Condition
     encoders: tuple[str, ...] = ("text_encoder", "vae")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -49,7 +49,7 @@ class Attention(Optimization):
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if name not in engine.expert_names:
             return
-        layers = [part for part in module.modules() if vars(part).get("attend") is backends.sdpa]
+        layers: list[Any] = [part for part in module.modules() if vars(part).get("attend") is backends.sdpa]
         chosen, attend, reason = backends.choose(
             self.attention, engine.hardware, main_dtype(module), layers[0].head_dim if layers else WAN_HEAD_DIM
         )

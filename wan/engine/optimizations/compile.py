@@ -59,7 +59,7 @@ class Compile(Optimization):
         for block in module.all_blocks():  # type: ignore[operator]
             block.compile(fullgraph=True, backend=self.backend, mode=self.compile_mode)
         if engine.device.type == "cuda" and self.compile_mode in ("reduce-overhead", "max-autotune"):
-            module.trunk = _one_graph_step(module.trunk)  # type: ignore[arg-type]
+            module.trunk = _one_graph_step(module.trunk)  # type: ignore[assignment,arg-type]
 
 
 def _one_graph_step(trunk: Callable[..., Tensor]) -> Callable[..., Tensor]:

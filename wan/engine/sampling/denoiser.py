@@ -29,7 +29,9 @@ class Sequential:
         return {name: velocity(self.dit, latents, step, branch, (name,)) for name, branch in branches.items()}
 
 
-def velocity(dit: VelocityModel, latents: Tensor, step: Step, condition: Condition, branches: tuple[str, ...]) -> Tensor:
+def velocity(
+    dit: VelocityModel, latents: Tensor, step: Step, condition: Condition, branches: tuple[str, ...]
+) -> Tensor:
     """One forward: latents [1, C, T, H, W] repeated to the condition's batch B; velocity [B, C, T, H, W]."""
     batch = condition.context.shape[0]
     latents = latents.expand(batch, *latents.shape[1:])

@@ -147,7 +147,7 @@ def _read(file: FileIO, entry: Entry, key: str) -> Tensor:
     if entry.tensor is not None:
         return entry.tensor
     raw = _buffer(entry.span)
-    rest = memoryview(raw.numpy())
+    rest = memoryview(raw.numpy())  # type: ignore[arg-type]
     file.seek(entry.offset)
     while rest:
         count = file.readinto(rest)
