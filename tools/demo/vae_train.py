@@ -33,7 +33,8 @@ class VaeTraining:
 
     base: int = 8
     res_blocks: int = 1
-    seconds: float = 1200.0
+    seconds: float = 1260.0
+    stop_at: float = 1.0  # share of the time at which to stop, schedules unfinished
     clips: int = 600  # rendered ahead per process; one is replaced every few steps
     rate: float = 4e-3
     kl: float = 1e-3  # per latent value, against errors per pixel
@@ -157,7 +158,7 @@ def train_vae(rank: int, world: int, config: VaeTraining, out: Path, start: Path
     average = Average(params, 0.998)
     generator = torch.Generator().manual_seed(config.seed + rank)
     clock, step, reported = Clock(config.seconds, world), 0, time.monotonic()
-    while (done := clock.done()) < 1:
+    while (done := clock.done()) < config.stop_at:
         stage = next(stage for stage in config.stages if done < stage.until)
         video = pool.crops(stage.batch, stage.frames, stage.side)
         noise = torch.randn(
