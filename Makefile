@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= a red circle moves right
+PROMPT ?= a big red circle moves to the right
 OUT ?= results/demo.mp4
 
 # Two threads that wait by sleeping: spinning barriers cost 100x when anything else runs.
@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	@echo
 	@echo "The video: $(abspath $(OUT))"
 	@echo "Watch it:  open it in a browser or a player (Linux: xdg-open $(OUT), macOS: open $(OUT))"
-	@echo "Your own:  make demo PROMPT=\"a blue square moves up\"   (what it understands: demo/README.md)"
+	@echo "Your own:  make demo PROMPT=\"a small blue square moves up\"   (what it understands: demo/README.md)"
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not gpu"
