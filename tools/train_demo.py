@@ -2,6 +2,7 @@
 
     python tools/train_demo.py all --work runs/demo        every stage, about 100 minutes on 2 cores with AMX
     python tools/train_demo.py evaluate --folder demo      measure the shipped weights again
+    python tools/train_demo.py resume --folder demo        train the shipped weights further: base, then new experts
     python tools/train_demo.py all --smoke --work /tmp/x   every stage for a few seconds, to see that it runs
 
 Stages are scheduled by wall clock, so a slower machine gives a weaker model, not a longer run; `--scale 2` doubles
@@ -43,15 +44,15 @@ def train_vae(work: Path, scale: float, smoke: bool) -> None:
     torch.save(fold_normalization(torch.load(work / "vae_sharp.pt", weights_only=True), videos), work / "vae.pt")
 
 
-def train_base(work: Path, scale: float, smoke: bool) -> None:
-    """One DiT for all noise levels, together with the text encoder, at constant rates."""
+def train_base(work: Path, scale: float, smoke: bool, start: Path | None = None) -> None:
+    """One DiT for all noise levels, together with the text encoder, at constant rates, from `start` or from nothing."""
     from demo import parallel
     from demo.dit_train import DitTraining, train_dit
 
     config = DitTraining(seconds=1857 * scale)
     if smoke:
         config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
-    parallel.launch(train_dit, 2, config, work / "vae.pt", work / "base.pt")
+    parallel.launch(train_dit, 2, config, work / "vae.pt", work / "base.pt", start)
 
 
 def train_experts(work: Path, scale: float, smoke: bool) -> None:
@@ -59,7 +60,7 @@ def train_experts(work: Path, scale: float, smoke: bool) -> None:
     import torch.multiprocessing as mp
     from demo.dit_train import BOUNDARY, DitTraining
 
-    config = DitTraining(seconds=540 * scale, batch=32, decay_from=0.0)
+    config = DitTraining(seconds=570 * scale, batch=32, decay_from=0.0, freeze_text=True)
     if smoke:
         config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
     runs = {
@@ -100,7 +101,7 @@ def evaluate(folder: Path, prompts: int, split: str, seed: int, out: Path) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all"))
+    parser.add_argument("stage", choices=(*STAGES, "all", "resume"))
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where stages leave their weights")
     parser.add_argument("--folder", type=Path, help="checkpoint folder to write or to measure (default: WORK/demo)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the time of every training stage")
@@ -112,6 +113,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     folder = args.folder or args.work / "demo"
     stages = STAGES if args.stage == "all" else (args.stage,)
+    if args.stage == "resume":
+        from demo.export import read_back
+
+        read_back(folder, args.work / "vae.pt", args.work / "base.pt")
+        train_base(args.work, args.scale, args.smoke, args.work / "base.pt")
+        stages, folder = ("experts", "export", "evaluate"), args.work / "demo"
     for stage in stages:
         if stage == "vae":
             train_vae(args.work, args.scale, args.smoke)

@@ -33,6 +33,7 @@ class DitTraining:
     compiled: bool = True
     low: float = 0.0  # range of sigma trained on
     high: float = 1.0
+    freeze_text: bool = False
     model: dit.DitConfig = field(default_factory=dit.DitConfig)
     words: text.TextConfig = field(default_factory=text.TextConfig)
 
@@ -81,7 +82,7 @@ def split_params(params: dict[str, Tensor], encoder: torch.nn.Module) -> tuple[l
 def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: Path, start: Path | None = None) -> None:
     """Trains for `config.seconds` and writes {"dit", "text", "steps"} with averaged weights to `out`.
 
-    With `start` it continues from that file and leaves the text encoder as it is.
+    With `start` it continues from that file.
     """
     rng = random.Random(config.seed * 1000 + rank)
     generator = torch.Generator().manual_seed(config.seed * 1000 + rank)
@@ -149,7 +150,7 @@ def _begin(config: DitTraining, start: Path | None) -> tuple[dict[str, Tensor], 
         saved = torch.load(start, weights_only=True)
         params = saved["dit"]
         encoder.load_state_dict(saved["text"])
-        encoder.requires_grad_(False)
+    encoder.requires_grad_(not config.freeze_text)
     for value in params.values():
         value.requires_grad_()
     return params, encoder

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import dit, text
 
 # Half of float32's bytes. The loaders compute in float32; rounding the weights costs 3e-4 of their size.
 STORED = torch.float16
+EXPERTS = ("high", "low")
 
 
 def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
@@ -27,6 +28,16 @@ def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
         torch.save(stored(saved["text"]), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(stored(torch.load(vae_file, weights_only=True)), folder / "Wan2.1_VAE.pth")
     text.write_tokenizer(folder / "google" / "umt5-xxl")
+
+
+def read_back(folder: Path, vae_file: Path, base_file: Path) -> None:
+    """The inverse of `export`, to train on: the VAE, and the mean of both experts as a base for all noise levels."""
+    experts = [load_file(folder / f"{name}_noise_model" / "diffusion_pytorch_model.safetensors") for name in EXPERTS]
+    mean = {name: (value.float() + experts[1][name].float()) / 2 for name, value in experts[0].items()}
+    words = torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
+    torch.save({"dit": mean, "text": {name: value.float() for name, value in words.items()}, "steps": 0}, base_file)
+    vae = torch.load(folder / "Wan2.1_VAE.pth", weights_only=True)
+    torch.save({name: value.float() for name, value in vae.items()}, vae_file)
 
 
 def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
