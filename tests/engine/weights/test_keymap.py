@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from wan.engine.errors import BadCheckpoint
-from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae
+from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae, diffusers_vae22
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5Encoder
-from wan.modules.vae import VAEConfig, WanVAEModel
+from wan.modules.vae import VAE_2_2, VAEConfig, WanVAEModel
 
 
 def assert_one_to_one(names: KeyMap, ours: nn.Module, theirs: nn.Module, twice: tuple[str, ...] = ()) -> None:
@@ -49,6 +51,17 @@ def test_every_weight_of_the_vae_has_one_name_in_diffusers(num_res_blocks: int) 
         ours = WanVAEModel(VAEConfig(encoder_dim=8, decoder_dim=8, num_res_blocks=num_res_blocks))
         theirs = AutoencoderKLWan(base_dim=8, num_res_blocks=num_res_blocks)
     assert_one_to_one(diffusers_vae(4, num_res_blocks), ours, theirs)
+
+
+def test_every_weight_of_the_2_2_vae_has_one_name_in_diffusers() -> None:
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        ours = WanVAEModel(replace(VAE_2_2, encoder_dim=8, decoder_dim=12))
+        theirs = AutoencoderKLWan(
+            base_dim=8, decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12, patch_size=2
+        )
+    assert_one_to_one(diffusers_vae22(VAE_2_2.num_res_blocks), ours, theirs)
 
 
 def test_unknown_weight_is_refused_by_name() -> None:

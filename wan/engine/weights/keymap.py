@@ -100,12 +100,7 @@ _ENDS = (("conv1", "conv_in"), ("head.0", "norm_out"), ("head.2", "conv_out"))
 
 def diffusers_vae(levels: int, num_res_blocks: int) -> KeyMap:
     """`AutoencoderKLWan` of VAE 2.1. Ours lists a decoder's levels flat, diffusers groups them, so sizes matter."""
-    pairs: list[tuple[str, str]] = [("conv1", "quant_conv"), ("conv2", "post_quant_conv")]
-    for side in ("encoder", "decoder"):
-        pairs += _under(side, side, _ENDS)
-        pairs += _under(f"{side}.middle.0", f"{side}.mid_block.resnets.0", _RESIDUAL)
-        pairs += _under(f"{side}.middle.2", f"{side}.mid_block.resnets.1", _RESIDUAL)
-        pairs.append((f"{side}.middle.1", f"{side}.mid_block.attentions.0"))
+    pairs = _vae_ends()
     pairs += _under("encoder.downsamples.*", "encoder.down_blocks.*", _RESIDUAL)
     pairs.append(("encoder.downsamples.*", "encoder.down_blocks.*"))
     blocks = num_res_blocks + 1
@@ -116,3 +111,24 @@ def diffusers_vae(levels: int, num_res_blocks: int) -> KeyMap:
             pairs += _under(f"decoder.upsamples.{start + index}", f"{theirs}.resnets.{index}", _RESIDUAL)
         pairs.append((f"decoder.upsamples.{end - 1}", f"{theirs}.upsamplers.0"))
     return KeyMap(tuple(pairs))
+
+
+def diffusers_vae22(num_res_blocks: int) -> KeyMap:
+    """`AutoencoderKLWan` of VAE 2.2, where both sides group levels and the last of a group changes the size."""
+    pairs = _vae_ends()
+    pairs += _under("encoder.downsamples.*.downsamples.*", "encoder.down_blocks.*.resnets.*", _RESIDUAL)
+    pairs.append((f"encoder.downsamples.*.downsamples.{num_res_blocks}", "encoder.down_blocks.*.downsampler"))
+    pairs += _under("decoder.upsamples.*.upsamples.*", "decoder.up_blocks.*.resnets.*", _RESIDUAL)
+    pairs.append((f"decoder.upsamples.*.upsamples.{num_res_blocks + 1}", "decoder.up_blocks.*.upsampler"))
+    return KeyMap(tuple(pairs))
+
+
+def _vae_ends() -> list[tuple[str, str]]:
+    """All but the levels between first convolution and middle, the same in both VAEs."""
+    pairs: list[tuple[str, str]] = [("conv1", "quant_conv"), ("conv2", "post_quant_conv")]
+    for side in ("encoder", "decoder"):
+        pairs += _under(side, side, _ENDS)
+        pairs += _under(f"{side}.middle.0", f"{side}.mid_block.resnets.0", _RESIDUAL)
+        pairs += _under(f"{side}.middle.2", f"{side}.mid_block.resnets.1", _RESIDUAL)
+        pairs.append((f"{side}.middle.1", f"{side}.mid_block.attentions.0"))
+    return pairs
