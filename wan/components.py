@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ class Checkpoint:
         """The networks of this folder. Headers are read and compared with the networks' shapes here."""
         self.check()
         experts = [
-            _Network(find_weights(path), partial(build_dit, read_json(path / "config.json"))).component(
+            _Network(find_weights(path), partial(build_dit, self._dit_config(path))).component(
                 name, self.config.param_dtype, WanModel.float32_keys
             )
             for name, path in self.experts.items()
@@ -85,6 +85,16 @@ class Checkpoint:
         text = _Network(self.text_encoder, self._build_text_encoder)
         vae = _Network(self.vae, build_vae)
         return [*experts, text.component("text_encoder", self.config.t5_dtype), vae.component("vae", torch.float32)]
+
+    def _dit_config(self, folder: Path) -> dict[str, Any]:
+        """config.json of one expert; raises BadCheckpoint where the task's text is longer than the expert's."""
+        fields = read_json(folder / "config.json")
+        if fields.get("text_len", self.config.text_len) < self.config.text_len:
+            raise BadCheckpoint(
+                f"{str(folder / 'config.json')!r} has text_len {fields['text_len']!r}, {self.config['__name__']!r} has "
+                f"{self.config.text_len!r}; pass the task this checkpoint belongs to"
+            )
+        return fields
 
     def _build_text_encoder(self, shapes: Shapes) -> nn.Module:
         encoder = build_text_encoder(shapes)
@@ -118,17 +128,19 @@ def dummy_components(config: Any) -> list[Component]:
     names = ("high", "low") if "low_noise_checkpoint" in config else ("dit",)
     channels = config.get("z_dim", 16)
     fields = {key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps")}
-    dit = partial(build_dit, fields | {"in_dim": channels, "out_dim": channels, "model_type": "t2v"}, None)
+    text_sizes, vae_sizes = config.get("t5_sizes", {}), config.get("vae_sizes", {})
+    fields |= {"in_dim": channels, "out_dim": channels, "model_type": "t2v", "text_dim": text_sizes.get("dim", 4096)}
+    dit = partial(build_dit, fields, None)
 
     def text_encoder() -> nn.Module:
-        encoder = umt5_xxl(encoder_only=True, device="meta")
+        encoder = umt5_xxl(encoder_only=True, device="meta", **text_sizes)
         assert isinstance(encoder, nn.Module)
         encoder.tokenizer = WordTokenizer(config.text_len)
         return encoder
 
     def vae() -> nn.Module:
         with torch.device("meta"):
-            return WanVAEModel(VAE_2_2 if channels == VAE_2_2.z_dim else VAE_2_1)
+            return WanVAEModel(replace(VAE_2_2 if channels == VAE_2_2.z_dim else VAE_2_1, **vae_sizes))
 
     experts = [
         Component(
@@ -153,7 +165,7 @@ class WordTokenizer:
     def __call__(self, sequence: Iterable[str], **kwargs: Any) -> tuple[Tensor, Tensor]:
         ids = torch.zeros(0, self.seq_len, dtype=torch.long)
         for text in sequence:
-            words = [2 + sum(map(ord, word)) % 250_000 for word in text.split()][: self.seq_len - 1] + [1]
+            words = [2 + sum(map(ord, word)) % 64 for word in text.split()][: self.seq_len - 1] + [1]
             row = torch.tensor(words + [0] * (self.seq_len - len(words)))
             ids = torch.cat([ids, row[None]])
         return ids, (ids != 0).long()

@@ -195,3 +195,19 @@ def test_noise_drawn_on_the_cpu_is_the_same_noise(pipe: wan.WanT2V) -> None:
     plain, _, _ = recorded(pipe)
     named, _, _ = recorded(pipe, noise_device="cpu")
     assert torch.equal(plain, named)
+
+
+def test_dummy_weights_need_no_checkpoint_and_have_the_tasks_sizes() -> None:
+    from wan.configs import WAN_CONFIGS
+
+    pipe = wan.WanT2V(WAN_CONFIGS["t2v-demo"], None, device="cpu", load_format="dummy")
+    video = pipe.generate("a cat", size=(32, 32), frame_num=5, sampling_steps=2, guide_scale=3.0, seed=1)
+    assert video is not None and video.shape == (3, 5, 32, 32)
+    assert video.isfinite().all()
+    assert pipe.high_noise_model.dim == WAN_CONFIGS["t2v-demo"].dim
+
+
+def test_task_with_longer_text_than_the_checkpoint_is_refused_early(tiny_checkpoint: Path, tiny_config: Any) -> None:
+    tiny_config.update(text_len=1024)
+    with pytest.raises(BadCheckpoint, match="has text_len"):
+        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu")

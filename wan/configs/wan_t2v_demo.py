@@ -26,4 +26,7 @@ t2v_demo = make_config(
     sample_shift=3.0,
     sample_guide_scale=(4.0, 4.0),
     sample_neg_prompt="",
+    # What a published model has in common and this one has not: sizes of text encoder and VAE, for --load_format dummy.
+    t5_sizes={"vocab_size": 160, "dim": 128, "dim_attn": 128, "dim_ffn": 256, "num_heads": 4, "encoder_layers": 2},
+    vae_sizes={"encoder_dim": 8, "decoder_dim": 8, "num_res_blocks": 1},
 )

@@ -157,7 +157,7 @@ def _pickle_header(path: Path) -> dict[str, Entry]:
 def _pickle_entry(path: Path, tensor: Tensor) -> Entry:
     if not tensor.is_meta:
         return Entry(path, 0, tensor.dtype, tuple(tensor.shape), tensor=tensor.detach())
-    start = tensor.untyped_storage()._checkpoint_offset
+    start: Any = tensor.untyped_storage()._checkpoint_offset
     assert start is not None, "torch.load onto meta notes storage offsets"
     stride = None if tensor.is_contiguous() else tensor.stride()
     offset = start + tensor.storage_offset() * tensor.dtype.itemsize
