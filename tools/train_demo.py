@@ -26,9 +26,10 @@ STAGES = ("vae", "base", "experts", "export", "evaluate")
 def train_vae(work: Path, scale: float, smoke: bool) -> None:
     """The VAE in two runs, then its latents normalised by folding the statistics into its 1x1 convolutions."""
     import torch
-    from demo import parallel, scenes
     from demo.vae import fold_normalization
     from demo.vae_train import SHARPENING, Stage, VaeTraining, train_vae
+
+    from demo import parallel, scenes
 
     # The shipped VAE's first run was planned for 1260 s and cut short when its outlines were found too round.
     first = VaeTraining(seconds=1260 * scale, stop_at=0.74)
@@ -46,8 +47,9 @@ def train_vae(work: Path, scale: float, smoke: bool) -> None:
 
 def train_base(work: Path, scale: float, smoke: bool, start: Path | None = None) -> None:
     """One DiT for all noise levels, together with the text encoder, at constant rates, from `start` or from nothing."""
-    from demo import parallel
     from demo.dit_train import DitTraining, train_dit
+
+    from demo import parallel
 
     config = DitTraining(seconds=1857 * scale)
     if smoke:
@@ -60,7 +62,7 @@ def train_experts(work: Path, scale: float, smoke: bool) -> None:
     import torch.multiprocessing as mp
     from demo.dit_train import BOUNDARY, DitTraining
 
-    config = DitTraining(seconds=570 * scale, batch=32, decay_from=0.0, freeze_text=True)
+    config = DitTraining(seconds=1496 * scale, first_clips=900, clips_per_step=0.5, decay_from=0.25, freeze_text=True)
     if smoke:
         config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
     runs = {
@@ -77,8 +79,9 @@ def train_experts(work: Path, scale: float, smoke: bool) -> None:
 
 
 def _expert(config: object, work: Path, name: str) -> None:
-    from demo import parallel
     from demo.dit_train import train_dit
+
+    from demo import parallel
 
     parallel.launch(train_dit, 1, config, work / "vae.pt", work / f"{name}.pt", work / "base.pt")
 
