@@ -13,9 +13,7 @@ import pytest
 from wan.cli import benchmark
 from wan.cli.trial import Clock
 
-TINY = shlex.split(
-    "--task t2v-A14B --size 64x48 --any_size --frame_num 5 --sample_steps 2 --device cpu"
-)
+TINY = shlex.split("--task t2v-A14B --size 64x48 --any_size --frame_num 5 --sample_steps 2 --device cpu")
 
 
 @pytest.fixture
