@@ -26,10 +26,9 @@ STAGES = ("vae", "base", "experts", "export", "evaluate")
 def train_vae(work: Path, scale: float, smoke: bool) -> None:
     """The VAE in two runs, then its latents normalised by folding the statistics into its 1x1 convolutions."""
     import torch
+    from demo import parallel, scenes
     from demo.vae import fold_normalization
     from demo.vae_train import SHARPENING, Stage, VaeTraining, train_vae
-
-    from demo import parallel, scenes
 
     # The shipped VAE's first run was planned for 1260 s and cut short when its outlines were found too round.
     first = VaeTraining(seconds=1260 * scale, stop_at=0.74)
@@ -47,9 +46,8 @@ def train_vae(work: Path, scale: float, smoke: bool) -> None:
 
 def train_base(work: Path, scale: float, smoke: bool, start: Path | None = None) -> None:
     """One DiT for all noise levels, together with the text encoder, at constant rates, from `start` or from nothing."""
-    from demo.dit_train import DitTraining, train_dit
-
     from demo import parallel
+    from demo.dit_train import DitTraining, train_dit
 
     config = DitTraining(seconds=1857 * scale)
     if smoke:
@@ -79,9 +77,8 @@ def train_experts(work: Path, scale: float, smoke: bool) -> None:
 
 
 def _expert(config: object, work: Path, name: str) -> None:
-    from demo.dit_train import train_dit
-
     from demo import parallel
+    from demo.dit_train import train_dit
 
     parallel.launch(train_dit, 1, config, work / "vae.pt", work / f"{name}.pt", work / "base.pt")
 
