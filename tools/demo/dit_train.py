@@ -101,7 +101,7 @@ def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: P
     averaged = {f"dit.{n}": v for n, v in params.items()} | {f"text.{n}": v for n, v in encoder.named_parameters()}
     average = Average(averaged, config.average)
     step, reported, losses = 0, time.monotonic(), []
-    while (done := clock.done()) < 1:
+    for done in clock.shares():
         latents, shown = pool.batch(config.batch)
         tokens = [
             [text.EOS] if rng.random() < config.no_caption else tokenizer(scenes.caption(scene, rng), rng)

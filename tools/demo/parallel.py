@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ class Clock:
         if self._world > 1:
             dist.broadcast(share, 0)
         return min(1.0, float(share))
+
+    def shares(self, until: float = 1.0) -> Iterator[float]:
+        """`done()` before every step while it is below `until`; there is a first step even where no time is left."""
+        share = min(self.done(), math.nextafter(until, 0.0))
+        while share < until:
+            yield share
+            share = self.done()
 
 
 def cosine(done: float, floor: float = 0.02) -> float:

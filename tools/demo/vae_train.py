@@ -158,7 +158,7 @@ def train_vae(rank: int, world: int, config: VaeTraining, out: Path, start: Path
     average = Average(params, 0.998)
     generator = torch.Generator().manual_seed(config.seed + rank)
     clock, step, reported = Clock(config.seconds, world), 0, time.monotonic()
-    while (done := clock.done()) < config.stop_at:
+    for done in clock.shares(config.stop_at):
         stage = next(stage for stage in config.stages if done < stage.until)
         video = pool.crops(stage.batch, stage.frames, stage.side)
         noise = torch.randn(
