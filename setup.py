@@ -43,6 +43,7 @@ setup(
         "torch>=2.11",
         "transformers>=4.51",
         "diffusers>=0.35",
+        "huggingface_hub>=1.31",
         "safetensors>=0.5",
         "numpy>=1.26",
         "pillow>=10",

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(words: Sequence[str]) -> int:
     """Measure, report, save, and check that what was compared did the same work. Raises WanError."""
     from wan.cli.args import parse
-    from wan.cli.request import resolve
+    from wan.cli.request import fetch, resolve
     from wan.engine.optimizations import registry
     from wan.engine.plan import options
 
@@ -103,6 +103,7 @@ def run(words: Sequence[str]) -> int:
     if own.compare and (wanted.checkpoint is None or wanted.solver != "unipc"):
         given = "--load_format dummy" if wanted.checkpoint is None else f"--sample_solver {wanted.solver}"
         raise IncompatibleOptions(f"--compare {own.compare} needs a checkpoint folder and unipc, but {given} was given")
+    fetch(wanted)
     common = describe(wanted, own, words)
     measured = measure(variants(own), args, own)
     rows = [row_of(variant, *measured[variant], measured, common) for variant in measured]

@@ -72,16 +72,24 @@ def check_folder(folder: Path, task: str, configs: dict[str, Any]) -> None:
     said = f"--ckpt_dir {str(folder)!r}"
     lacking = missing_files(folder, configs[task])
     held = detect_task(folder, configs)
-    other = BadCheckpoint(f"{said} holds {held}, not {task}: pass --task {held} or another folder")
     if not lacking:
-        if held is not None and held.partition("-")[0] not in ("t2v", task.partition("-")[0]):
-            raise other
+        check_kind(str(folder), held, task)
         return
     if (folder / "model_index.json").is_file():
         raise BadCheckpoint(f"{said} is in diffusers' layout; this version reads the original one. {_get(task)}")
     if held is not None and held != task and held in configs and not missing_files(folder, configs[held]):
-        raise other
+        raise _other(str(folder), held, task)
     raise BadCheckpoint(f"{said} lacks what {task} needs: {', '.join(lacking)}. {_get(task)}")
+
+
+def check_kind(source: str, held: str | None, task: str) -> None:
+    """Raise BadCheckpoint when `source`, a folder or repository, holds (`held`) another kind of task than `task`."""
+    if held is not None and held.partition("-")[0] not in ("t2v", task.partition("-")[0]):
+        raise _other(source, held, task)
+
+
+def _other(source: str, held: str, task: str) -> BadCheckpoint:
+    return BadCheckpoint(f"--ckpt_dir {source!r} holds {held}, not {task}: pass --task {held} or another checkpoint")
 
 
 def missing_files(folder: Path, config: Any) -> list[str]:

@@ -88,7 +88,7 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
 def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
     from wan.cli.presets import make_plan, refuse_several_processes
-    from wan.cli.request import resolve
+    from wan.cli.request import fetch, resolve
     from wan.engine.hardware import world
     from wan.engine.plan import Plan
 
@@ -96,8 +96,11 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     wanted = resolve(args)
     hardware = _hardware(args, world()[2])
     plan = make_plan(args, registry, hardware, default_preset)
+    output = _output(args, wanted)
+    if not args.print_plan:
+        fetch(wanted)
     return Job(
-        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=hardware, output=_output(args, wanted),
+        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=hardware, output=output,
         device=args.device, crf=args.crf,
     )  # fmt: skip
 

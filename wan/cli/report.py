@@ -133,6 +133,7 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
     """What was chosen, and why."""
     why = wanted.why
     source = "random weights (--load_format dummy)" if wanted.load_format == "dummy" else str(wanted.checkpoint)
+    source = wanted.repository.name if wanted.repository is not None else source
     seconds = wanted.num_frames / wanted.fps
     scale = wanted.guide_scale
     if isinstance(scale, tuple):

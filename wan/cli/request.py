@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan.cli.checkpoint import DEMO, check_folder, demo_folder, detect_task, no_folder
+from wan.cli import hub
+from wan.cli.checkpoint import DEMO, check_folder, check_kind, demo_folder, detect_task, no_folder
 from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
 from wan.engine.errors import BadRequest
 
@@ -48,6 +49,7 @@ class Wanted:
     seed: int
     noise_device: str | None = None
     load_format: str = "auto"
+    repository: hub.Repository | None = None
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -56,18 +58,22 @@ class Wanted:
 
 
 def resolve(args: argparse.Namespace) -> Wanted:
-    """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs."""
+    """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs.
+
+    Of a Hugging Face repository it looks at no more than that: `fetch` brings the rest once everything else is checked.
+    """
     from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 
     why: dict[str, str] = {}
-    task = _task(args, WAN_CONFIGS, SUPPORTED_SIZES, why)
+    repository = hub.named(args.ckpt_dir, offline=bool(args.offline))
+    task = _task(args, repository, WAN_CONFIGS, SUPPORTED_SIZES, why)
     config = WAN_CONFIGS[task]
     width, height = _size(args, task, config, SUPPORTED_SIZES[task], why)
     fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
     num_frames = _num_frames(args, task, config, fps, why)
     check_video(height, width, num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
     sampling = _sampling(args, config, why)
-    checkpoint = _checkpoint(args, task, WAN_CONFIGS)
+    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS)
     return Wanted(
         task=task,
         config=config,
@@ -81,15 +87,32 @@ def resolve(args: argparse.Namespace) -> Wanted:
         seed=_seed(args.base_seed, why),
         noise_device=args.noise_device,
         load_format=args.load_format or "auto",
+        repository=None if args.load_format == "dummy" else repository,
         why=why,
         **sampling,
     )
 
 
-def _task(args: argparse.Namespace, configs: dict[str, Any], sizes: dict[str, Any], why: dict[str, str]) -> str:
+def fetch(wanted: Wanted) -> None:
+    """Download what is missing of a Hugging Face repository; nothing where the checkpoint is a folder."""
+    if wanted.repository is not None and wanted.checkpoint is not None:
+        from wan.configs import WAN_CONFIGS
+
+        wanted.repository.download(wanted.config)
+        check_folder(wanted.checkpoint, wanted.task, WAN_CONFIGS)
+
+
+def _task(
+    args: argparse.Namespace,
+    repository: hub.Repository | None,
+    configs: dict[str, Any],
+    sizes: dict[str, Any],
+    why: dict[str, str],
+) -> str:
     task, why["task"] = args.task, "--task"
     if task is None and args.ckpt_dir is not None:
-        task, why["task"] = detect_task(Path(args.ckpt_dir).expanduser(), configs), "read from --ckpt_dir"
+        folder = repository.folder if repository is not None else Path(args.ckpt_dir).expanduser()
+        task, why["task"] = detect_task(folder, configs), "read from --ckpt_dir"
     if task is None:
         task, why["task"] = DEFAULT_TASK, "default"
     if task in configs:
@@ -204,13 +227,19 @@ def _prompt(args: argparse.Namespace, task: str, why: dict[str, str]) -> str:
     return EXAMPLE_PROMPTS.get(task) or EXAMPLE_PROMPTS.get(task.partition("-")[0]) or EXAMPLE_PROMPTS["t2v"]
 
 
-def _checkpoint(args: argparse.Namespace, task: str, configs: dict[str, Any]) -> Path | None:
+def _checkpoint(
+    args: argparse.Namespace, repository: hub.Repository | None, task: str, configs: dict[str, Any]
+) -> Path | None:
     if args.load_format == "dummy":
         return Path(args.ckpt_dir).expanduser() if args.ckpt_dir is not None else None
     if args.ckpt_dir is None:
         if task != DEMO:
             raise no_folder(args.task)
         folder = demo_folder()
+    elif repository is not None:
+        check_kind(repository.name, detect_task(repository.folder, configs), task)
+        repository.check(task, configs[task])
+        return repository.folder
     else:
         folder = Path(args.ckpt_dir).expanduser()
     check_folder(folder, task, configs)
