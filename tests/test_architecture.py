@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "wan.engine.placement",
         "wan.engine.sampling",
         "wan.engine.plan",
+        "wan.engine.accounting",
+        "wan.engine.decoding",
     ),
     "wan.kernels": ("wan.resources",),
     "wan.resources": (),

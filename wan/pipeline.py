@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from wan.components import Checkpoint, dummy_components
 from wan.conditioning.geometry import check_video
+from wan.engine.accounting import Report
 from wan.engine.engine import Engine, Job, build_engine
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import probe
@@ -20,8 +22,9 @@ from wan.engine.monitor import Silent
 from wan.engine.optimizations import registry
 from wan.engine.plan import Plan
 from wan.engine.sampling.solvers import SOLVERS
-from wan.engine.types import Denoising, Progress, Request, Sink, Step
+from wan.engine.types import Keeper, Progress, Request, Sink, Step
 from wan.families import family_of
+from wan.layouts import CheckpointFiles
 from wan.modules.t5 import T5EncoderModel
 from wan.modules.vae2_1 import Wan2_1_VAE
 from wan.modules.vae2_2 import Wan2_2_VAE
@@ -32,13 +35,28 @@ if TYPE_CHECKING:
     from wan.modules.vae import WanVAE, WanVAEModel
 
 
+@dataclass
+class Group:
+    """Requests that are made together; they share their per-call options."""
+
+    jobs: list[Job] = field(default_factory=list)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def add(self, job: Job, options: Mapping[str, Any]) -> None:
+        """Raises BadRequest when `options` differ from those of the group."""
+        if self.jobs and options != self.options:
+            raise BadRequest(f"one group has one set of options: {dict(options)!r} after {dict(self.options)!r}")
+        self.jobs.append(job)
+        self.options = options
+
+
 class WanPipeline:
     """Loads a checkpoint folder and makes videos from requests.
 
     Arguments are upstream's (2.1's and 2.2's, in their positional order); `use_usp` is 2.1's name of `use_sp`.
     Keyword-only additions: `optimizations` (a whole `Plan`) or options by name (`use_batched_cfg=True`,
     `vae_cpu=True`), `device` (default: `cuda:{device_id}`, or the CPU where there is no CUDA), `load_format`
-    ("auto", or "dummy" for random weights of the real sizes), `progress`. Networks load at first use; the files'
+    ("auto", or "dummy" for random weights of the real sizes), `files` (in place of what the folder holds), `progress`. Networks load at first use; the files'
     headers are read here. Raises BadCheckpoint and IncompatibleOptions.
     """
 
@@ -59,6 +77,7 @@ class WanPipeline:
         optimizations: Plan | None = None,
         device: str | torch.device | None = None,
         load_format: str = "auto",
+        files: CheckpointFiles | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -78,14 +97,17 @@ class WanPipeline:
         hardware = probe(device, device_id)
         if load_format not in ("auto", "dummy"):
             raise BadRequest(f"load_format={load_format!r} is unknown; use 'auto' or 'dummy'")
-        if load_format == "auto" and checkpoint_dir is None:
+        if load_format == "auto" and checkpoint_dir is None and not files:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
+        folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         components = (
             dummy_components(config)
             if load_format == "dummy"
-            else Checkpoint(Path(str(checkpoint_dir)), config).components()
+            else Checkpoint(folder, config, files).components()
         )
         self.engine: Engine = build_engine(components, plan, hardware)
+        self.report = Report()
+        """What the last `run` did and took."""
         self.engine.progress = self.progress
 
     def run(
@@ -93,26 +115,36 @@ class WanPipeline:
         request: Request,
         *,
         sink: Sink | None = None,
+        keeper: Keeper | None = None,
         observe: tuple[Callable[[Step, Tensor], None], ...] = (),
-        on_latents: Callable[[Denoising], None] | None = None,
+        group: Group | None = None,
         **options: Any,
     ) -> Tensor | None:
         """Make one video; `options` override per-call options of the plan for this call.
 
         Returns float32 [3, N, H, W] in -1..1 on the device, or None when `sink` took the frames. `observe` callbacks
-        get (step, latents [1, C, T, H, W]) after every step, `on_latents` the finished state before decoding.
+        get (step, latents [1, C, T, H, W]) after every step; `keeper` keeps state and latents (`wan.runs.Run`).
+        With `group` nothing is made yet: the request joins those that `run_group` makes together.
         """
         check_request(request, self.config)
         target = sink or TensorSink()
         job = Job(
             family=family_of(request.task), config=self.config, request=request, sink=target, progress=self.progress,
-            observe=observe, on_latents=on_latents,
+            observe=observe, keeper=keeper, report=Report(),
         )  # fmt: skip
+        if group is not None:
+            group.add(job, options)
+            return None
+        self.report = job.report
         self.engine.run(job, options)
         if not isinstance(target, TensorSink):
             return None
         # What is returned must be an ordinary tensor that callers may change in place.
         return target.result.clone() if target.result.is_inference() else target.result
+
+    def run_group(self, group: Group) -> list[Exception | None]:
+        """Make all videos of `group`, each expert's part of all before the next expert's; why each one failed."""
+        return self.engine.run_group(group.jobs, group.options)
 
     # Upstream's attributes -----------------------------------------------------------------------------------------
 

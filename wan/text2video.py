@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from wan.engine.types import Request, Sink
+from wan.engine.types import Request
 from wan.pipeline import WanPipeline, resolve_seed, scale_pair
 
 
@@ -27,14 +27,14 @@ class WanT2V(WanPipeline):
         offload_model: bool = True,
         *,
         noise_device: str | None = None,
-        sink: Sink | None = None,
-        **options: Any,
+        **extras: Any,
     ) -> Tensor | None:
-        """A video [3, N, H, W] in -1..1, or None when `sink` took the frames.
+        """A video [3, N, H, W] in -1..1, or None when a `sink` took the frames.
 
         `size` is (width, height), `guide_scale` one number or (low-noise, high-noise), `n_prompt` "" means the
         config's negative prompt, `seed` -1 a random one. `noise_device` "cpu" makes seeds agree across cards.
-        `options` are per-call options by name (`use_batched_cfg=True`, `vae_cpu=True`). Raises BadRequest.
+        `extras` are those of `WanPipeline.run` (`sink`, `keeper`, `group`, ...) and per-call options by name
+        (`use_batched_cfg=True`, `vae_cpu=True`). Raises BadRequest.
         """
         width, height = size
         request = Request(
@@ -51,4 +51,4 @@ class WanT2V(WanPipeline):
             seed=resolve_seed(seed),
             noise_device=noise_device,
         )
-        return self.run(request, sink=sink, offload_model=offload_model, **options)
+        return self.run(request, offload_model=offload_model, **extras)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from wan.cli.request import Wanted
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Plan
-    from wan.engine.types import Denoising, Step
+    from wan.engine.types import Step
 
 STAGES = {"encode": "text", "denoise": "denoise", "decode": "decode"}
 """First word of an engine's stage -> column of the report."""
@@ -148,14 +148,14 @@ class Ours:
             seed=wanted.seed,
             noise_device="cpu",
         )
-        finished: list[torch.Tensor] = []
+        last: list[torch.Tensor] = []
 
-        def keep(run: Denoising) -> None:
-            finished.append(run.latents)
+        def keep(step: Step, latents: torch.Tensor) -> None:
+            last[:] = [latents]
 
         self.clock.start()
-        self.pipe.run(request, on_latents=keep)
-        return self.clock.stop(finished[-1])
+        self.pipe.run(request, observe=(keep,))
+        return self.clock.stop(last[0])
 
 
 def serve(connection: Connection, variant: Variant, args: argparse.Namespace, threads: int | None) -> None:

@@ -1,17 +1,23 @@
-"""Loads the networks of a request the way the plan says and runs it: branches, noise, denoise, decode, shot by shot."""
+"""Loads the networks the way the plan says and runs requests: branches, noise, denoise, decode, shot by shot.
+
+Requests that come together share the networks: every stage is done for all of them before the next one begins, so
+that a second expert is brought in once for a group and not once for a video.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from wan.engine.accounting import Expectation, Forwards, Report, Trunk, planned_forwards
+from wan.engine.decoding import Decode
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.monitor import Monitor, Silent
@@ -28,6 +34,7 @@ from wan.engine.types import (
     Denoising,
     Encoders,
     Family,
+    Keeper,
     Known,
     Progress,
     Request,
@@ -35,23 +42,13 @@ from wan.engine.types import (
     Shot,
     Sink,
     Step,
+    Tiling,
 )
 from wan.engine.weights.stream import load_into
 
-Trunk = Callable[..., Tensor]
 TrunkWrapper = Callable[[Trunk, nn.Module, Segment], Trunk]
 DenoiserWrapper = Callable[[Denoiser, nn.Module, Segment], Denoiser]
 Observer = Callable[[Step, Tensor], None]
-
-# Latent pixels decoded at a time: small videos go in one piece, which is several times faster on a CPU; at 480p it
-# is one latent frame, as upstream. The VAE's result does not depend on it.
-DECODE_PIXELS = 8192
-
-
-class Decoder(Protocol):
-    """What the engine asks of a VAE."""
-
-    def decode_chunks(self, latents: Tensor, *, frames_per_chunk: int) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +61,26 @@ class Job:
     sink: Sink
     progress: Progress
     observe: tuple[Observer, ...] = ()
-    on_latents: Callable[[Denoising], None] | None = None
-    """Called with the finished latents before they are decoded: the place to keep them."""
+    keeper: Keeper | None = None
+    report: Report = field(default_factory=Report)
+    """Filled by the run."""
+
+
+@dataclass
+class _Ongoing:
+    """One job under way: its shot, and whether the group lost it."""
+
+    job: Job
+    index: int = 0
+    shot: Shot | None = None
+    run: Denoising | None = None
+    latents: Tensor | None = None
+    carry: Tensor | None = None
+    forwards: Forwards | None = None
+    failure: Exception | None = None
+
+    def segments(self) -> list[Segment]:
+        return [] if self.run is None or self.failure else segments(self.run.steps, self.run.done)
 
 
 class Engine:
@@ -77,11 +92,13 @@ class Engine:
         self.device = hardware.device
         self.placement = placement
         self.progress: Progress = Silent()
-        self.monitor = Monitor(self.progress)
         self.expert_names = tuple(c.name for c in components if c.is_expert)
         self._names = tuple(c.name for c in components)
         self._trunk_wrappers: list[TrunkWrapper] = []
         self._denoiser_wrappers: list[DenoiserWrapper] = []
+        self._expectations: list[Expectation] = []
+        self._resumable: list[Callable[[Step], bool]] = []
+        self._tiling: Tiling | None = None
         for component in components:
             placement.add(component.name, partial(self._load, component), Policy.RESIDENT)
         self._begin(plan)
@@ -95,6 +112,18 @@ class Engine:
     def wrap_denoiser(self, factory: DenoiserWrapper) -> None:
         """Wrap the denoiser in every segment of the coming run; the wrapper's state dies with the segment."""
         self._denoiser_wrappers.append(factory)
+
+    def expect_forwards(self, expectation: Expectation) -> None:
+        """Say by how much the count of forwards may differ from one a branch and step in the coming run."""
+        self._expectations.append(expectation)
+
+    def resume_only(self, before: Callable[[Step], bool]) -> None:
+        """Keep state in the coming run only where `before(next step)`: where that step runs every forward."""
+        self._resumable.append(before)
+
+    def set_tiling(self, tiling: Tiling | None) -> None:
+        """Decode the coming run in tiles, None for whole frames."""
+        self._tiling = tiling
 
     def set_policy(self, name: str, policy: Policy) -> None:
         """Set how one network, or all "experts", is placed in the coming run; unknown names are ignored."""
@@ -119,19 +148,26 @@ class Engine:
 
         `overrides` change per-call options for this run. Raises NonFinite when sampling breaks.
         """
+        if (failure := self.run_group([job], overrides)[0]) is not None:
+            raise failure
+
+    def run_group(self, jobs: Sequence[Job], overrides: Mapping[str, Any] | None = None) -> list[Exception | None]:
+        """Make several videos, each expert's part of all of them before the next expert's.
+
+        Every video is the one `run` would make alone. A job that fails is left out of the rest; its exception is
+        returned in its place. Sinks are not closed.
+        """
         self._begin(self._plan_for_call(overrides or {}))
-        self.progress = job.progress
-        self.monitor = Monitor(job.progress)
-        carry: Tensor | None = None
-        index = 0
+        ongoing = [_Ongoing(job) for job in jobs]
         with torch.inference_mode():
-            while (shot := job.family.next_shot(job.request, job.config, index, carry)) is not None:
-                run = self._prepare(job, shot, index, carry)
-                self._denoise(run, job)
-                if job.on_latents is not None:
-                    job.on_latents(run)
-                carry = self._decode(run, job)
-                index += 1
+            while active := [each for each in ongoing if self._guarded(self._next_shot, each)]:
+                for each in active:
+                    self._guarded(self._prepare, each)
+                while waiting := [each for each in active if each.segments()]:
+                    self._denoise_expert(waiting)
+                for each in active:
+                    self._guarded(self._finish_shot, each)
+        return [each.failure for each in ongoing]
 
     # Inside --------------------------------------------------------------------------------------------------------
 
@@ -139,6 +175,9 @@ class Engine:
         """Forget what the last run registered and let the plan act again."""
         self._trunk_wrappers.clear()
         self._denoiser_wrappers.clear()
+        self._expectations.clear()
+        self._resumable.clear()
+        self._tiling = None
         for name in self._names:
             self.placement.set_policy(name, Policy.RESIDENT)
         for optimization in plan.enabled():
@@ -181,10 +220,10 @@ class Engine:
         return module
 
     @contextmanager
-    def _use(self, name: str) -> Iterator[nn.Module]:
+    def _use(self, name: str, device: str | None = None) -> Iterator[nn.Module]:
         # Parameters must be ordinary tensors, also when they are loaded or moved in the middle of a run.
         with torch.inference_mode(False):
-            use = self.placement.use(name)
+            use = self.placement.use(name, device)
             module = use.__enter__()
         try:
             yield module
@@ -198,7 +237,29 @@ class Engine:
             self.progress.stage(f"encode with {name}")
             yield module
 
-    def _prepare(self, job: Job, shot: Shot, index: int, carry: Tensor | None) -> Denoising:
+    def _guarded(self, act: Callable[[_Ongoing], bool | None], each: _Ongoing) -> bool:
+        """`act(each)`, unless the job failed before; what it raises is kept, so that the rest of a group goes on."""
+        if each.failure is not None:
+            return False
+        self.progress = each.job.progress
+        try:
+            return act(each) is not False
+        except Exception as failure:  # whatever it is, the others of the group must not suffer from it
+            each.failure, each.run, each.latents = failure, None, None
+            return False
+
+    def _next_shot(self, each: _Ongoing) -> bool:
+        each.shot = each.job.family.next_shot(each.job.request, each.job.config, each.index, each.carry)
+        return each.shot is not None
+
+    def _prepare(self, each: _Ongoing) -> None:
+        """Everything a denoise starts from; or the latents, where they were finished before."""
+        job, shot, keeper = each.job, cast("Shot", each.shot), each.job.keeper
+        each.run = None
+        each.latents = keeper.finished(each.index) if keeper else None
+        if each.latents is not None:
+            each.latents = each.latents.to(self.device)
+            return
         request = job.request
         encoders = Encoders(use=self._encoder, device=self.device, config=job.config)
         branches = job.family.branches(request, shot, encoders)
@@ -211,63 +272,75 @@ class Engine:
         if shot.known is not None:
             latents = shot.known.apply(latents, None)
             branches = {name: replace(branch, frozen=_frozen(shot.known)) for name, branch in branches.items()}
-        return Denoising(
-            request=request, shot=shot, index=index, branches=branches, steps=steps, latents=latents,
-            solver=make_solver(request.solver, steps), generator=generator, carry=carry,
+        run = Denoising(
+            request=request, shot=shot, index=each.index, branches=branches, steps=steps, latents=latents,
+            solver=make_solver(request.solver, steps), generator=generator, carry=each.carry,
         )  # fmt: skip
+        if keeper:
+            keeper.restore(run)
+        coefficients = job.family.coefficients(request, job.config)
+        each.forwards = Forwards(planned_forwards(steps[run.done :], coefficients, self._expectations))
+        job.report.forwards.append(each.forwards)
+        each.run = run
 
-    def _denoise(self, run: Denoising, job: Job) -> None:
-        coefficients = job.family.coefficients(run.request, job.config)
+    def _denoise_expert(self, waiting: Sequence[_Ongoing]) -> None:
+        """All that the expert of the first job's next step has to do, for every job that waits for it."""
+        expert = waiting[0].segments()[0].expert
+        for each in waiting:
+            while each.segments() and each.segments()[0].expert == expert:
+                self._guarded(self._denoise_segment, each)
+
+    def _denoise_segment(self, each: _Ongoing) -> None:
+        job, run, forwards = each.job, cast("Denoising", each.run), cast("Forwards", each.forwards)
+        segment = each.segments()[0]
+        monitor = Monitor(job.progress, job.report.step_seconds)
 
         def record(step: Step, latents: Tensor) -> None:
             run.done, run.latents = step.index + 1, latents
+            if job.keeper is not None:
+                ahead = run.steps[run.done : run.done + 1]
+                job.keeper.stepped(run, all(before(step) for before in self._resumable for step in ahead))
 
-        for segment in segments(run.steps, run.done):
-            with self._use(segment.expert) as dit, self._seams(dit, segment) as denoiser:
-                job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
-                self.monitor.start(run.latents)
-                predict = Guidance(denoiser, run.branches, coefficients)
-                observe: tuple[Observer, ...] = (record, self.monitor, *job.observe)
-                steps = segment.steps[segment.start :]
-                run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
-                self.monitor.flush()
+        with self._use(segment.expert) as dit, self._seams(dit, segment, forwards) as denoiser:
+            job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
+            monitor.start(run.latents)
+            predict = Guidance(denoiser, run.branches, job.family.coefficients(run.request, job.config))
+            observe: tuple[Observer, ...] = (monitor, record, *job.observe)
+            steps = segment.steps[segment.start :]
+            run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
+            monitor.flush()
+
+    def _finish_shot(self, each: _Ongoing) -> None:
+        job, latents = each.job, each.latents
+        if latents is None:
+            assert each.run is not None and each.forwards is not None
+            if job.keeper is not None:
+                job.keeper.denoised(each.run)
+            each.forwards.check()
+            latents = each.run.latents
+        decode = Decode(
+            use=partial(self._use, "vae"), shot=cast("Shot", each.shot), latents=latents, sink=job.sink,
+            progress=job.progress, report=job.report,
+        )  # fmt: skip
+        carry = decode.run(self._tiling)
+        each.carry = None if carry is None else carry.to(self.device)
+        each.run, each.index = None, each.index + 1
 
     @contextmanager
-    def _seams(self, dit: nn.Module, segment: Segment) -> Iterator[Denoiser]:
+    def _seams(self, dit: nn.Module, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:
         """The denoiser of one segment, with the trunk and the denoiser wrapped as the plan asked."""
         trunk = cast("Trunk", dit.trunk)
-        wrapped = trunk
+        wrapped = forwards.counting(trunk)
         for wrap in self._trunk_wrappers:
             wrapped = wrap(wrapped, dit, segment)
         denoiser: Denoiser = Sequential(dit)  # type: ignore[arg-type]
         for wrap_denoiser in self._denoiser_wrappers:
             denoiser = wrap_denoiser(denoiser, dit, segment)
-        if self._trunk_wrappers:
-            dit.trunk = wrapped  # type: ignore[assignment]
+        dit.trunk = wrapped  # type: ignore[assignment]
         try:
             yield denoiser
         finally:
-            if self._trunk_wrappers:
-                dit.trunk = trunk  # type: ignore[assignment]
-
-    def _decode(self, run: Denoising, job: Job) -> Tensor | None:
-        shot = run.shot
-        latents = run.latents[:, :, shot.keep]
-        if shot.prefix is not None:
-            latents = torch.cat([shot.prefix, latents], dim=2)
-        per_chunk = max(1, DECODE_PIXELS // (latents.shape[3] * latents.shape[4]))
-        tail: list[Tensor] = []
-        with self._use("vae") as vae:
-            job.progress.stage("decode")
-            start = 0
-            for chunk in cast("Decoder", vae).decode_chunks(latents, frames_per_chunk=per_chunk):
-                frames = chunk[0].float().clamp_(-1, 1)
-                frames, start = _trimmed(frames, start, shot.trim), start + frames.shape[1]
-                if frames.shape[1]:
-                    job.sink.write(frames)
-                if shot.carry_frames:
-                    tail = [torch.cat([*tail, frames], dim=1)[:, -shot.carry_frames :]]
-        return tail[0] if tail else None
+            dit.trunk = trunk  # type: ignore[assignment]
 
 
 def build_engine(
@@ -305,10 +378,3 @@ def main_dtype(module: nn.Module) -> torch.dtype:
 def _frozen(known: Known) -> Tensor:
     """[B, 1, T, H, W] mask of the latents that are given."""
     return known.mask if known.mask.shape[1] == 1 else known.mask.amin(dim=1, keepdim=True)
-
-
-def _trimmed(frames: Tensor, start: int, trim: slice) -> Tensor:
-    """The part of `frames`, which begin at frame `start` of the shot, that `trim` (non-negative) keeps."""
-    first = max((trim.start or 0) - start, 0)
-    last = frames.shape[1] if trim.stop is None else max(trim.stop - start, 0)
-    return frames[:, first:last]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from wan.engine.errors import BadRequest
+
 if TYPE_CHECKING:
     from wan.engine.sampling.solvers import Solver
 
@@ -216,8 +218,9 @@ class Denoising:
         self.latents = state["latents"].to(self.latents.device)
         self.done = int(state["done"])
         self.generator.set_state(state["generator"].cpu())
-        prefix = "solver."
-        self.solver.load({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+        prefix, device = "solver.", self.latents.device
+        history = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.solver.load({key: value.to(device) for key, value in history.items()})
 
 
 class Sink(Protocol):
@@ -230,6 +233,22 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class Keeper(Protocol):
+    """Keeps what a run has reached, so that a crash loses little. `wan.runs.Run` keeps it on disk."""
+
+    def finished(self, shot: int) -> Tensor | None:
+        """Latents [1, C, T, H, W] of a shot that was denoised before: it is only decoded. None to denoise it."""
+
+    def restore(self, run: Denoising) -> None:
+        """Put a freshly prepared denoise where its kept state left off, if there is one."""
+
+    def stepped(self, run: Denoising, resumable: bool) -> None:
+        """A step is done; `resumable` says that a run continued from here would take the same forwards."""
+
+    def denoised(self, run: Denoising) -> None:
+        """A shot's latents are finished and about to be decoded."""
+
+
 class Progress(Protocol):
     """Who listens to a run. `seconds` is the duration of the step just done."""
 
@@ -238,6 +257,26 @@ class Progress(Protocol):
     def step(self, step: Step, seconds: float) -> None: ...
 
     def note(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Decode in tiles of at most `tile` x `tile` latent pixels that share `overlap` of them with their neighbours.
+
+    `park` keeps what each tile remembers of earlier frames in RAM while other tiles are decoded. On the device all of
+    them together are larger than what a whole frame remembers. Raises BadRequest.
+    """
+
+    tile: int = 32
+    overlap: int = 8
+    park: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < self.tile:
+            raise BadRequest(
+                f"VAE tiles of {self.tile!r} latent pixels cannot share {self.overlap!r} with their neighbours: "
+                "--vae_tile_overlap must be at least 0 and less than --vae_tile; 32 and 8 are the defaults"
+            )
 
 
 @dataclass(frozen=True)

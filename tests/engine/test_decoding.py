@@ -1,0 +1,97 @@
+"""Decoding never gives up early: out of memory leads to tiles, then small tiles, then the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from wan.engine.accounting import Report
+from wan.engine.decoding import SMALL_TILE, Attempt, Decode, attempts, is_out_of_memory
+from wan.engine.types import Shot, Tiling
+
+
+class Vae(nn.Module):
+    """Decodes whatever `allows` the attempt; otherwise runs out of memory after its first chunk."""
+
+    def __init__(self, allows: Any, error: Exception | None = None) -> None:
+        super().__init__()
+        self.allows, self.error, self.tried = allows, error or torch.OutOfMemoryError("CUDA out of memory"), []
+        self.device: str | None = None
+
+    def decode_chunks(
+        self, latents: Tensor, *, frames_per_chunk: int, tiling: Tiling | None = None
+    ) -> Iterator[Tensor]:
+        attempt = Attempt(tiling, self.device)
+        self.tried.append(attempt)
+        yield torch.zeros(1, 3, 1, 8, 8)
+        if not self.allows(attempt):
+            raise self.error
+        yield torch.ones(1, 3, 4, 8, 8)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.frames: list[Tensor] = []
+        self.notes: list[str] = []
+
+    def write(self, frames: Tensor) -> None:
+        self.frames.append(frames)
+
+    def restart(self) -> None:
+        self.frames.clear()
+
+    def close(self) -> None: ...
+    def stage(self, name: str, detail: str = "") -> None: ...
+    def step(self, step: Any, seconds: float) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def decoded(vae: Vae, tiling: Tiling | None = None, side: int = 96) -> tuple[Recorder, Report]:
+    recorder, report = Recorder(), Report()
+
+    @contextmanager
+    def use(device: str | None) -> Iterator[nn.Module]:
+        vae.device = device
+        yield vae
+
+    latents = torch.zeros(1, 16, 2, side, 8)
+    shot = Shot(latent_shape=(16, 2, side, 8))
+    Decode(use=use, shot=shot, latents=latents, sink=recorder, progress=recorder, report=report).run(tiling)
+    return recorder, report
+
+
+LADDER = [Attempt(), Attempt(Tiling()), Attempt(SMALL_TILE), Attempt(Tiling(), "cpu")]
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_out_of_memory_tries_the_next_way_and_writes_every_frame_once(last: int) -> None:
+    vae = Vae(lambda attempt: attempt == LADDER[last])
+    recorder, report = decoded(vae)
+    assert vae.tried == LADDER[: last + 1]
+    assert sum(frames.shape[1] for frames in recorder.frames) == 5
+    assert len(recorder.notes) == last
+    assert report.decode == str(LADDER[last])
+
+
+def test_out_of_memory_everywhere_is_reported() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        decoded(Vae(lambda attempt: False))
+
+
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory() -> None:
+    vae = Vae(lambda attempt: False, RuntimeError("sizes do not match"))
+    with pytest.raises(RuntimeError, match="sizes do not match"):
+        decoded(vae)
+    assert len(vae.tried) == 1
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+
+
+def test_tiles_that_would_hold_the_whole_picture_are_not_tried() -> None:
+    assert attempts(None, 12) == [Attempt(), Attempt(device="cpu")]
+    assert attempts(Tiling(tile=24), 96) == [Attempt(Tiling(tile=24)), Attempt(SMALL_TILE), Attempt(SMALL_TILE, "cpu")]

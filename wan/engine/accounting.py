@@ -1,0 +1,95 @@
+"""Counts the forwards a run made and compares them with what its plan said, so that no step is dropped unseen.
+
+A forward is one pass through the trunk for one guidance branch. A cache that answers in its place makes none, and
+says beforehand by how much the count may shrink.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from wan.engine.errors import GenerationFailed
+from wan.engine.types import Coefficients, Step
+
+Place = tuple[str, str]
+"""(expert, branch)."""
+Range = tuple[int, int]
+"""Fewest and most forwards."""
+Expectation = Callable[[Place, Range], Range]
+"""How an optimisation changes the forwards planned for one place."""
+Trunk = Callable[..., Tensor]
+
+
+@dataclass
+class Forwards:
+    """Forwards of one denoise, planned and done, per expert and branch."""
+
+    planned: dict[Place, Range]
+    done: Counter[Place] = field(default_factory=Counter)
+
+    def counting(self, trunk: Trunk) -> Trunk:
+        """`trunk`, each call counted for every branch that is stacked in it."""
+
+        def counted(tokens: Tensor, inputs: Any, condition: Any, step: Step) -> Tensor:
+            self.done.update((step.expert, branch) for branch in inputs.branches)
+            return trunk(tokens, inputs, condition, step)
+
+        return counted
+
+    def check(self) -> None:
+        """Raise GenerationFailed where a count lies outside its plan."""
+        for place in self.planned.keys() | self.done.keys():
+            low, high = self.planned.get(place, (0, 0))
+            if not low <= self.done[place] <= high:
+                expert, branch = place
+                raise GenerationFailed(
+                    f"{self.done[place]} forwards of expert {expert!r} for branch {branch!r} were run where the plan "
+                    f"has {_said((low, high))}; the video would not be what was asked for. Please report this, with "
+                    "the command"
+                )
+
+    def describe(self) -> str:
+        """ "high 8 cond + 8 uncond, low 12 cond + 12 uncond"; a plan that is a range is given behind the count."""
+        experts: dict[str, list[str]] = {}
+        for place, planned in self.planned.items():
+            expert, branch = place
+            within = f" of {_said(planned)}" if planned[0] != planned[1] else ""
+            experts.setdefault(expert, []).append(f"{self.done[place]} {branch}{within}")
+        return ", ".join(f"{expert} {' + '.join(counts)}" for expert, counts in experts.items())
+
+
+def planned_forwards(
+    steps: Iterable[Step], coefficients: Coefficients, expectations: Iterable[Expectation] = ()
+) -> dict[Place, Range]:
+    """One forward for every branch of every step whose coefficient is not zero, as `expectations` change it."""
+    count: Counter[Place] = Counter()
+    for step in steps:
+        count.update((step.expert, name) for name, weight in coefficients(step).items() if weight != 0)
+    planned = {place: (number, number) for place, number in count.items()}
+    for expect in expectations:
+        planned = {place: expect(place, within) for place, within in planned.items()}
+    return planned
+
+
+@dataclass
+class Report:
+    """What a run did and what it took, filled while it goes."""
+
+    forwards: list[Forwards] = field(default_factory=list)
+    """One per shot that was denoised."""
+    step_seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Per expert, the duration of each of its steps."""
+    decode: str = ""
+    """How the latents were decoded in the end: "whole", "in tiles of 32" or "on the CPU ..."."""
+
+    def describe_forwards(self) -> str:
+        return "; ".join(forwards.describe() for forwards in self.forwards)
+
+
+def _said(within: Range) -> str:
+    return str(within[0]) if within[0] == within[1] else f"{within[0]} to {within[1]}"
