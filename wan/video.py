@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,8 @@ __all__ = [
 
 _MUXERS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska"}
 _IMAGES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL"} | {f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)}
+_WINDOWS_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+_WINDOWS_DEVICES |= {f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789¹²³"}
 
 # RGB is full range; H.264 players expect limited-range BT.709, and must be told so or they guess by size.
 # "area" averages 2x2 chroma exactly (bicubic overshoots at edges, by up to 4 levels), the other flags round correctly.
@@ -334,8 +336,10 @@ def verify_video(path: str | os.PathLike[str]) -> VideoInfo:
 
 def safe_name(text: str, max_bytes: int = 200) -> str:
     """`text` as a file name that Windows, macOS and Linux accept, at most `max_bytes` long in UTF-8."""
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "_", text)
+    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
+    # Characters nobody sees (marks that turn the direction of text, joiners) only make two names look alike.
+    text = "".join(char for char in text if unicodedata.category(char) not in ("Cf", "Co"))
+    text = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f-\x9f\u2028\u2029]', "_", text)
     text = text.encode("utf-8")[:max_bytes].decode("utf-8", "ignore").strip(" .")
     if text.split(".")[0].strip().upper() in _WINDOWS_DEVICES:
         text = f"_{text}"
