@@ -73,6 +73,7 @@ FLAGS = (
     Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
     Flag("print_plan", None, False, "say what would be done, and stop", RUN),
     Flag("save_file", str, "task_size_prompt_time", "the .mp4 (or .png, one frame) to write, or a folder", OUTPUT),
+    Flag("name", str, None, "the file's name with fields: '{task}_{seed}_{prompt:40}'; docs/FILENAME_GUIDE.md", OUTPUT),
     Flag("fps", int, "the task's", "frames per second of the file", OUTPUT),
     Flag("crf", int, "10", "H.264 quality: 0 is lossless, 51 worst", OUTPUT),
 )

@@ -10,6 +10,7 @@ import inspect
 import io
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from wan.cli.naming import Claims
     from wan.cli.request import Wanted
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization, Plan
@@ -63,17 +65,23 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> 
 
 
 def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
-    """Check, announce, generate, save. Raises WanError."""
+    """Check, then make the video. Raises WanError."""
     from wan.cli.args import parse
+    from wan.cli.naming import Claims
     from wan.engine.optimizations import registry
     from wan.engine.plan import options
 
     known = tuple(registry())
     args = parse(argv, options(known))
-    job = check(args, known, default_preset)
+    with Claims() as claims:
+        return make(check(args, known, default_preset, claims), terminal, print_plan=bool(args.print_plan))
+
+
+def make(job: Job, terminal: Terminal, *, print_plan: bool = False) -> int:
+    """Announce, generate, save."""
     for line in start_lines(job.wanted, job.plan, job.hardware):
         terminal.line(line)
-    if args.print_plan:
+    if print_plan:
         return 0
     video = generate(job, terminal)
     terminal.stage("save")
@@ -85,7 +93,7 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
     return 0
 
 
-def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str) -> Job:
+def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str, claims: Claims) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
     from wan.cli.presets import make_plan, refuse_several_processes
     from wan.cli.request import fetch, resolve
@@ -96,7 +104,7 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     wanted = resolve(args)
     hardware = _hardware(args, world()[2])
     plan = make_plan(args, registry, hardware, default_preset)
-    output = _output(args, wanted)
+    output = _output(args, wanted, claims)
     if not args.print_plan:
         fetch(wanted)
     return Job(
@@ -245,15 +253,27 @@ def _hardware(args: argparse.Namespace, local_rank: int) -> Hardware:
     return probe(args.device, local_rank)
 
 
-def _output(args: argparse.Namespace, wanted: Wanted) -> Output:
-    """Where the result goes, tried with two frames."""
-    from wan.video import Output, default_file_name, test_encode
+def _path(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Path:
+    """The file that --save_file names, which may be overwritten; else a new one in the folder it names."""
+    from wan.cli import naming
 
-    suffix = ".png" if wanted.num_frames == 1 else ".mp4"
-    ring_size = None if "boundary" in wanted.config else 1  # 2.1's program has it in the name
+    ending, now = ".png" if wanted.num_frames == 1 else ".mp4", time.localtime()
+    pattern = None if args.name is None else naming.Pattern(args.name)
     path = Path(args.save_file or "").expanduser()
     if args.save_file in (None, "") or path.is_dir() or str(args.save_file).endswith(("/", "\\")):
-        path /= default_file_name(wanted.task, wanted.size_name, 1, wanted.prompt, suffix=suffix, ring_size=ring_size)
+        if pattern is None:
+            return claims.first_free(path, naming.default_paths(wanted, ending, now))
+        return claims.first_free(path, naming.pattern_paths(pattern, wanted, ending, now))
+    if pattern is not None:
+        raise BadRequest(f"--save_file {args.save_file!r} is a file name and --name makes one: give one, or a folder/")
+    return path
+
+
+def _output(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Output:
+    """Where the result goes, tried with two frames."""
+    from wan.video import Output, test_encode
+
+    path = _path(args, wanted, claims)
     output = Output(path, fps=wanted.fps, **({} if args.crf is None else {"crf": args.crf}))
     try:
         test_encode(output, height=wanted.height, width=wanted.width, num_frames=wanted.num_frames)
