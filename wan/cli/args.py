@@ -68,6 +68,11 @@ FLAGS = (
     Flag("sample_guide_scale", guidance, "the task's", "how strictly to follow the prompt; or LOW,HIGH by expert"),
     Flag("ckpt_dir", str, None, "checkpoint folder, or OWNER/NAME on Hugging Face; t2v-demo has its own", CHECKPOINT),
     Flag("offline", None, False, "download nothing: OWNER/NAME must be in the Hugging Face cache", CHECKPOINT),
+    Flag("dit", str, None, "transformer file, of two experts the high-noise one; replaces --ckpt_dir's", CHECKPOINT),
+    Flag("dit_low", str, None, "file of the low-noise transformer", CHECKPOINT),
+    Flag("t5", str, None, "file of the umT5 text encoder", CHECKPOINT),
+    Flag("vae", str, None, "file of the VAE", CHECKPOINT),
+    Flag("tokenizer", str, None, "umT5's tokenizer: a folder, tokenizer.json or spiece.model", CHECKPOINT),
     Flag("load_format", str, "auto", "dummy: random weights, no checkpoint needed", CHECKPOINT, ("auto", "dummy")),
     Flag("preset", str, "none", "options by NAME (configs/NAME.toml), FILE.toml, auto (by hardware) or none", RUN),
     Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
@@ -83,6 +88,7 @@ _ANIMATE, _S2V, _PARALLEL = "Animate", "speech-to-video", "running on several GP
 
 MISSING = (
     Flag("image", str, None, "input image", missing=_IMAGE),
+    Flag("clip", str, None, "file of the CLIP image encoder", missing=_IMAGE),
     Flag("first_frame", str, None, "first frame", missing="first-and-last-frame-to-video"),
     Flag("last_frame", str, None, "last frame", missing="first-and-last-frame-to-video"),
     Flag("src_video", str, None, "source video", missing=_VACE),
