@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.resources": (),
     "wan.configs": (),
     "wan.modules": ("wan.engine.ops", "wan.engine.types", "wan.engine.errors", "wan.engine.weights"),
+    "wan.layouts": ("wan.engine.errors", "wan.engine.weights", "wan.modules"),
     "wan.conditioning": ("wan.modules", "wan.engine.types", "wan.engine.errors"),
     "wan.families": (
         "wan.modules",
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.cli": ("wan",),
     "wan": (  # the pipeline and the facades
         "wan.components",
+        "wan.layouts",
         "wan.text2video",
         "wan.families",
         "wan.configs",

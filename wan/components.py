@@ -1,8 +1,7 @@
-"""From a checkpoint folder, or from nothing but sizes, to the networks an engine needs. Reads headers, no weights."""
+"""From a checkpoint, or from nothing but sizes, to the networks an engine needs. Reads headers, no weights."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,113 +13,186 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.types import Component
-from wan.engine.weights.stream import dummy_weights, find_weights, open_weights
+from wan.engine.weights.dialects import DIT, SPIECE, TEXT_ENCODER, VAE, open_network
+from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
+from wan.layouts import CheckpointFiles, Places, locate
+from wan.layouts.models import Shapes, model_of
 from wan.modules.model import WanModel, build_dit
 from wan.modules.t5 import build_text_encoder, umt5_xxl
 from wan.modules.tokenizers import HuggingfaceTokenizer
 from wan.modules.vae import VAE_2_1, VAE_2_2, WanVAEModel, build_vae
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One upstream-layout checkpoint folder and the task config that says what is in it."""
+    """A checkpoint in any layout and the task config that says what it must hold.
 
-    folder: Path
+    `folder` None means that `files` names everything; else they replace what the folder holds. `kind` is the first
+    part of the task's name.
+    """
+
+    folder: Path | None
     config: Any
+    files: CheckpointFiles | None = None
+    kind: str = "t2v"
 
-    @property
-    def experts(self) -> dict[str, Path]:
-        """Expert name -> the folder of its config.json and weights."""
-        if "low_noise_checkpoint" not in self.config:
-            return {"dit": self.folder}
-        return {
-            "high": self.folder / self.config.high_noise_checkpoint,
-            "low": self.folder / self.config.low_noise_checkpoint,
-        }
-
-    @property
-    def text_encoder(self) -> Path:
-        return self.folder / self.config.t5_checkpoint
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.folder / self.config.t5_tokenizer
-
-    @property
-    def vae(self) -> Path:
-        return self.folder / self.config.vae_checkpoint
-
-    def check(self) -> None:
-        """Raise BadCheckpoint naming the first thing missing, within milliseconds: only names are looked at."""
-        if not self.folder.is_dir():
+    @cached_property
+    def places(self) -> Places:
+        """Where each part lies. Raises BadCheckpoint naming all that is missing; only names are looked at."""
+        if self.folder is not None and not self.folder.is_dir():
             raise BadCheckpoint(
                 f"checkpoint folder {str(self.folder)!r} does not exist; pass --ckpt_dir with the folder you downloaded"
             )
-        wanted = [
-            self.text_encoder,
-            self.tokenizer,
-            self.vae,
-            *(path / "config.json" for path in self.experts.values()),
-        ]
-        for path in wanted:
-            if not path.exists():
-                raise BadCheckpoint(
-                    f"checkpoint folder {str(self.folder)!r} has no {str(path.relative_to(self.folder))!r}; it is not "
-                    f"a folder for {self.config['__name__']!r}, or the download is incomplete"
-                )
-        for path in self.experts.values():
-            find_weights(path)
+        places = locate(self.folder, self.config, self.files, self.kind)
+        if lacking := places.lacking():
+            where = "the files given lack" if places.root is None else f"checkpoint folder {str(places.root)!r} lacks"
+            raise BadCheckpoint(
+                f"{where} {', '.join(lacking)}; it is no checkpoint for {self.config['__name__']!r}, or the download "
+                "is incomplete"
+            )
+        return places
+
+    def check(self) -> None:
+        """Raise BadCheckpoint naming file and key if anything does not fit. Reads headers, no weight."""
+        networks = {part: self.network(part) for part in (*self.places.experts, "text_encoder", "vae")}
+        for part in self.places.experts:
+            self._check_kind(networks[part])
+        modules = {part: network.checked() for part, network in networks.items()}
+        self.places.check_tokenizer()
+        self._check_tokenizer(networks["text_encoder"])
+        for part in self.places.experts:
+            self._check_together(networks, modules, part)
 
     def components(self) -> list[Component]:
-        """The networks of this folder. Headers are read and compared with the networks' shapes here."""
+        """The networks of this checkpoint, checked."""
         self.check()
         experts = [
-            _Network(find_weights(path), partial(build_dit, self._dit_config(path))).component(
-                name, self.config.param_dtype, WanModel.float32_keys
-            )
-            for name, path in self.experts.items()
+            self.network(part).component(self.config.param_dtype, WanModel.float32_keys) for part in self.places.experts
         ]
-        text = _Network(self.text_encoder, self._build_text_encoder)
-        vae = _Network(self.vae, build_vae)
-        return [*experts, text.component("text_encoder", self.config.t5_dtype), vae.component("vae", torch.float32)]
+        text, vae = self.network("text_encoder"), self.network("vae")
+        speaking = replace(text, build=self._with_tokenizer)
+        return [*experts, speaking.component(self.config.t5_dtype), vae.component(torch.float32)]
 
-    def _dit_config(self, folder: Path) -> dict[str, Any]:
-        """config.json of one expert; raises BadCheckpoint where the task's text is longer than the expert's."""
-        fields = read_json(folder / "config.json")
-        if fields.get("text_len", self.config.text_len) < self.config.text_len:
+    def tokenizer(self) -> HuggingfaceTokenizer:
+        """The tokenizer, from its folder or file, or from inside the text encoder's file."""
+        path = self.places.paths["tokenizer"]
+        name = path if path is not None else self.network("text_encoder").spiece()
+        return HuggingfaceTokenizer(name, seq_len=self.config.text_len, clean="whitespace")
+
+    def network(self, part: str) -> Network:
+        """A part by name: "dit", "high", "low", "text_encoder", "vae"."""
+        path, fields = self.places.weights(part), self.places.fields(part)
+        if part == "text_encoder":
+            return Network(part, TEXT_ENCODER, path, build_text_encoder)
+        if part == "vae":
+            return Network(part, VAE, path, build_vae)
+        return Network(part, DIT, path, partial(self._build_dit, fields))
+
+    def _build_dit(self, fields: dict[str, Any], shapes: Shapes) -> nn.Module:
+        """A transformer as its config.json, the task and the shapes say, in this order."""
+        given = dict(fields)
+        if "num_attention_heads" in fields:
+            given = {name: fields[theirs] for name, theirs in _DIFFUSERS_FIELDS.items() if theirs in fields}
+        if not fields and shapes.get("patch_embedding.weight", (0,))[0] == self.config.dim:
+            given = {name: self.config[name] for name in ("ffn_dim", "num_heads", "num_layers", "freq_dim", "eps")}
+        if given.setdefault("text_len", self.config.text_len) < self.config.text_len:
             raise BadCheckpoint(
-                f"{str(folder / 'config.json')!r} has text_len {fields['text_len']!r}, {self.config['__name__']!r} has "
+                f"config.json has text_len {given['text_len']!r}, {self.config['__name__']!r} has "
                 f"{self.config.text_len!r}; pass the task this checkpoint belongs to"
             )
-        return fields
+        return build_dit(given, shapes)
 
-    def _build_text_encoder(self, shapes: Shapes) -> nn.Module:
-        encoder = build_text_encoder(shapes)
-        encoder.tokenizer = HuggingfaceTokenizer(self.tokenizer, seq_len=self.config.text_len, clean="whitespace")
+    def _with_tokenizer(self, shapes: Shapes) -> nn.Module:
+        encoder, tokenizer = build_text_encoder(shapes), self.tokenizer()
+        rows = encoder.token_embedding.weight.shape[0]
+        if tokenizer.vocab_size > rows:
+            raise BadCheckpoint(
+                f"it knows {rows} tokens and the tokenizer {tokenizer.name!r} {tokenizer.vocab_size}; pass the one "
+                "that belongs to it with --tokenizer"
+            )
+        encoder.tokenizer = tokenizer
         return encoder
+
+    def _check_kind(self, network: Network) -> None:
+        model = model_of(network.shapes)
+        if model is not None and model.kind != self.kind:
+            raise BadCheckpoint(
+                f"{str(network.path)!r} is a transformer for {model.kind}; {self.config['__name__']!r} needs one for "
+                f"{self.kind}"
+            )
+
+    def _check_tokenizer(self, text_encoder: Network) -> None:
+        if self.places.paths["tokenizer"] is None and not text_encoder.has_spiece:
+            raise BadCheckpoint(
+                f"there is no tokenizer, and {str(text_encoder.path)!r} has none inside: fetch tokenizer.json of "
+                "google/umt5-xxl from Hugging Face and pass it with --tokenizer"
+            )
+
+    def _check_together(self, networks: Mapping[str, Network], modules: Mapping[str, Any], part: str) -> None:
+        """Whether text encoder and VAE speak the transformer's language."""
+        dit, text, vae = modules[part], modules["text_encoder"], modules["vae"]
+        for what, mine, other, theirs in (
+            ("text embeddings", dit.text_dim, "text_encoder", text.dim),
+            ("latents", dit.out_dim, "vae", vae.config.z_dim),
+        ):
+            if mine != theirs:
+                raise BadCheckpoint(
+                    f"{str(networks[part].path)!r} works on {what} of width {mine}, {str(networks[other].path)!r} "
+                    f"makes them {theirs} wide; they do not belong together"
+                )
+
+
+_DIFFUSERS_FIELDS = {
+    "num_heads": "num_attention_heads", "num_layers": "num_layers", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim",
+    "in_dim": "in_channels", "out_dim": "out_channels", "text_dim": "text_dim", "eps": "eps",
+}  # fmt: skip
+"""The fields of a transformer's config.json and diffusers' names for them."""
 
 
 @dataclass(frozen=True)
-class _Network:
-    """A weight file and the function that makes its module from the file's shapes."""
+class Network:
+    """A part, its weight file and the function that makes its module from the file's shapes."""
 
+    part: str
+    kind: str
     path: Path
     build: Callable[[Shapes], nn.Module]
 
-    def component(self, name: str, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False) -> Component:
+    def component(self, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False) -> Component:
         return Component(
-            name=name, build=lambda: self.build(self.shapes), weights=lambda module: self.stream(), dtype=dtype,
-            is_expert=name in ("dit", "high", "low"), float32=float32,
+            name=self.part, build=lambda: self.module(), weights=lambda module: self.open().stream(), dtype=dtype,
+            is_expert=self.kind == DIT, float32=float32,
         )  # fmt: skip
 
     @cached_property
     def shapes(self) -> Shapes:
-        return open_weights(self.path).shapes()
+        return self.open().shapes()
 
-    def stream(self) -> Iterable[tuple[str, Tensor]]:
-        return open_weights(self.path).stream()
+    def open(self) -> WeightFile:
+        """The weights under our names, opened anew: what a file holds is not kept."""
+        return open_network(self.path, self.kind)
+
+    def module(self) -> nn.Module:
+        """The module on the meta device. Raises BadCheckpoint naming the file where shapes make none."""
+        try:
+            return self.build(self.shapes)
+        except BadCheckpoint as error:
+            raise BadCheckpoint(f"{str(self.path)!r}: {error}") from error
+
+    def checked(self) -> nn.Module:
+        """The module, once the file's keys and shapes are known to be its own."""
+        module = self.module()
+        check_fit(module, self.open())
+        return module
+
+    @property
+    def has_spiece(self) -> bool:
+        return SPIECE in open_weights(self.path).shapes()
+
+    def spiece(self) -> bytes:
+        """The sentencepiece model inside a text encoder's file."""
+        [(_, tensor)] = open_weights(self.path).stream([SPIECE])
+        return tensor.numpy().tobytes()
 
 
 def dummy_components(config: Any) -> list[Component]:
@@ -169,14 +241,3 @@ class WordTokenizer:
             row = torch.tensor(words + [0] * (self.seq_len - len(words)))
             ids = torch.cat([ids, row[None]])
         return ids, (ids != 0).long()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises BadCheckpoint when there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadCheckpoint(f"{str(path)!r} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise BadCheckpoint(f"{str(path)!r} holds a {type(content).__name__}, not an object; download it again")
-    return content

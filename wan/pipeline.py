@@ -56,8 +56,8 @@ class WanPipeline:
     Arguments are upstream's (2.1's and 2.2's, in their positional order); `use_usp` is 2.1's name of `use_sp`.
     Keyword-only additions: `optimizations` (a whole `Plan`) or options by name (`use_batched_cfg=True`,
     `vae_cpu=True`), `device` (default: `cuda:{device_id}`, or the CPU where there is no CUDA), `load_format`
-    ("auto", or "dummy" for random weights of the real sizes), `files` (in place of what the folder holds), `progress`. Networks load at first use; the files'
-    headers are read here. Raises BadCheckpoint and IncompatibleOptions.
+    ("auto", or "dummy" for random weights of the real sizes), `files` (in place of what the folder holds), `progress`.
+    Networks load at first use; the files' headers are read here. Raises BadCheckpoint and IncompatibleOptions.
     """
 
     def __init__(
@@ -101,9 +101,7 @@ class WanPipeline:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         components = (
-            dummy_components(config)
-            if load_format == "dummy"
-            else Checkpoint(folder, config, files).components()
+            dummy_components(config) if load_format == "dummy" else Checkpoint(folder, config, files).components()
         )
         self.engine: Engine = build_engine(components, plan, hardware)
         self.report = Report()

@@ -1,14 +1,17 @@
-"""Which task a checkpoint folder is for, and whether it is complete. Reads names and config.json, never a weight."""
+"""Which task a checkpoint is for, and whether it is complete and fits. Reads names and headers, never a weight."""
 
 from __future__ import annotations
 
 import difflib
-import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.resources import folder as data_folder
+
+if TYPE_CHECKING:
+    from wan.layouts import CheckpointFiles
 
 DEMO = "t2v-demo"
 
@@ -34,27 +37,47 @@ _REPOSITORIES = {
 }
 
 
-def detect_task(folder: Path, configs: dict[str, Any]) -> str | None:
-    """The task `folder` holds, by the config.json of its transformer; None where there is none to read.
+def detect_task(folder: Path | None, configs: dict[str, Any], files: CheckpointFiles | None = None) -> str | None:
+    """The task of a checkpoint, by its transformers' keys and shapes, else by config.json; None if nothing tells.
 
-    Sizes nobody has published (a tiny test model) count as the text-to-video task with as many experts.
+    Sizes nobody has published (a tiny test model) count as the text-to-video task with as many experts. Raises
+    BadRequest where a folder holds several models.
     """
-    two = folder / "high_noise_model" / "config.json"
-    path = two if two.is_file() else folder / "config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kind, dim = str(fields.get("model_type", "t2v")), fields.get("dim")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if fields.get("_class_name") == "VaceWanModel":
-        kind = "vace"
-    experts = 2 if path is two else 1
-    tasks = dict(_TASKS)
+    tasks = held_tasks(folder, configs, files)
+    if len(tasks) > 1:
+        named = ", ".join(f"{each.name} ({each.told_by.name})" for each in tasks)
+        raise BadRequest(f"--ckpt_dir {str(folder)!r} holds several models: {named}; choose with --task")
+    return tasks[0].name if tasks else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTask:
+    """A task a checkpoint can serve; `exact` if its sizes are the published ones, so that no other task has them."""
+
+    name: str
+    exact: bool
+    told_by: Path
+
+    def serves(self, task: str) -> bool:
+        if self.exact:
+            return self.name == task.replace("t2i-", "t2v-")
+        return self.name.partition("-")[0] in ("t2v", task.partition("-")[0])
+
+
+def held_tasks(folder: Path | None, configs: dict[str, Any], files: CheckpointFiles | None = None) -> list[HeldTask]:
+    """The task of every model that is there."""
+    from wan.layouts.held import held
+
+    known = dict(_TASKS)
     if DEMO in configs:
-        tasks["t2v", configs[DEMO].dim, 2] = DEMO
-    if kind != "t2v":
-        return tasks.get((kind, dim, experts), f"{kind} of width {dim}")
-    return tasks.get((kind, dim, experts), "t2v-A14B" if experts == 2 else "t2v-14B")
+        known["t2v", configs[DEMO].dim, 2] = DEMO
+    tasks = []
+    for each in held(folder, files):
+        kind, dim = each.model.kind, each.model.dim
+        name = known.get((kind, dim, each.experts))
+        other = f"{kind} of width {dim}" if kind != "t2v" else "t2v-A14B" if each.experts == 2 else "t2v-14B"
+        tasks.append(HeldTask(name=name or other, exact=name is not None, told_by=each.told_by))
+    return tasks
 
 
 def demo_folder() -> Path:
@@ -65,44 +88,52 @@ def demo_folder() -> Path:
         raise BadCheckpoint(f"the demo model is not installed ({error}); pass its folder with --ckpt_dir") from error
 
 
-def check_folder(folder: Path, task: str, configs: dict[str, Any]) -> None:
-    """Raise BadCheckpoint, naming all that is missing and how to get it, unless `folder` can serve `task`."""
-    if not folder.is_dir():
-        raise BadCheckpoint(f"--ckpt_dir {str(folder)!r} is not a folder{_similar(folder)}")
-    said = f"--ckpt_dir {str(folder)!r}"
-    lacking = missing_files(folder, configs[task])
-    held = detect_task(folder, configs)
-    if not lacking:
-        check_kind(str(folder), held, task)
-        return
-    if (folder / "model_index.json").is_file():
-        raise BadCheckpoint(f"{said} is in diffusers' layout; this version reads the original one. {_get(task)}")
-    if held is not None and held != task and held in configs and not missing_files(folder, configs[held]):
-        raise _other(str(folder), held, task)
-    raise BadCheckpoint(f"{said} lacks what {task} needs: {', '.join(lacking)}. {_get(task)}")
+def check_folder(folder: Path | None, task: str, configs: dict[str, Any], files: CheckpointFiles | None = None) -> None:
+    """Raise BadCheckpoint unless `folder` and `files` can serve `task`: all is there and every key and shape fits.
 
-
-def check_kind(source: str, held: str | None, task: str) -> None:
-    """Raise BadCheckpoint when `source`, a folder or repository, holds (`held`) another kind of task than `task`."""
-    if held is not None and held.partition("-")[0] not in ("t2v", task.partition("-")[0]):
-        raise _other(source, held, task)
-
-
-def _other(source: str, held: str, task: str) -> BadCheckpoint:
-    return BadCheckpoint(f"--ckpt_dir {source!r} holds {held}, not {task}: pass --task {held} or another checkpoint")
-
-
-def missing_files(folder: Path, config: Any) -> list[str]:
-    """What the config expects and `folder` lacks, as paths relative to it."""
+    Reads headers, no weight. Names all that is missing and how to get it.
+    """
     from wan.components import Checkpoint
 
-    wanted = Checkpoint(folder, config)
-    paths = [wanted.text_encoder, wanted.tokenizer, wanted.vae]
-    lacking = [path for path in paths if not path.exists()]
-    for expert in wanted.experts.values():
-        lacking += [path for path in (expert / "config.json",) if not path.is_file()]
-        lacking += _missing_weights(expert)
-    return [str(path.relative_to(folder)) for path in lacking]
+    if folder is not None:
+        _check_is_folder(folder)
+    lacking = missing_files(folder, configs[task], files)
+    if not lacking:
+        check_kind(folder, folder, task, configs, files)
+        kind = task.partition("-")[0].replace("t2i", "t2v")
+        Checkpoint(folder, configs[task], files, kind).check()
+        return
+    for held in held_tasks(folder, configs, files):
+        if held.name != task and held.name in configs and not missing_files(folder, configs[held.name], files):
+            raise _other(folder, held.name, task)
+    said = "the files named" if folder is None else f"--ckpt_dir {str(folder)!r}"
+    verb = "lack" if folder is None else "lacks"
+    raise BadCheckpoint(f"{said} {verb} what {task} needs: {', '.join(lacking)}. {_get(task)}")
+
+
+def check_kind(
+    source: str | Path | None,
+    folder: Path | None,
+    task: str,
+    configs: dict[str, Any],
+    files: CheckpointFiles | None = None,
+) -> None:
+    """Raise BadCheckpoint when `source`, a folder or repository with its files in `folder`, is for other tasks."""
+    held = held_tasks(folder, configs, files)
+    if held and not any(each.serves(task) for each in held):
+        raise _other(source, held[0].name, task)
+
+
+def _other(source: str | Path | None, held: str, task: str) -> BadCheckpoint:
+    said = "--dit" if source is None else f"--ckpt_dir {str(source)!r}"
+    return BadCheckpoint(f"{said} holds {held}, not {task}: pass --task {held} or another checkpoint")
+
+
+def missing_files(folder: Path | None, config: Any, files: CheckpointFiles | None = None) -> list[str]:
+    """What the config expects and is not there: paths relative to `folder`, or the flag that names a file."""
+    from wan.layouts import locate
+
+    return locate(folder, config, files).lacking()
 
 
 def no_folder(task: str | None) -> BadRequest:
@@ -113,16 +144,14 @@ def no_folder(task: str | None) -> BadRequest:
     return BadRequest(f"--ckpt_dir is missing: pass the folder of {what}. {how} {demo}")
 
 
-def _missing_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise BadCheckpoint(f"{str(index)!r} cannot be read ({error!r}); download it again") from error
-        return [folder / shard for shard in shards if not (folder / shard).is_file()]
-    single = folder / f"{stem}.safetensors"
-    return [] if single.is_file() or any(folder.glob(f"{stem}*.safetensors")) else [single]
+def _check_is_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise BadCheckpoint(
+            f"--ckpt_dir {str(folder)!r} is a file; name it with --dit, and what goes with it with --t5, --vae and "
+            "--tokenizer"
+        )
+    if not folder.is_dir():
+        raise BadCheckpoint(f"--ckpt_dir {str(folder)!r} is not a folder{_similar(folder)}")
 
 
 def _get(task: str) -> str:

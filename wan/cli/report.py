@@ -132,8 +132,6 @@ def clock_time(seconds: float) -> str:
 def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
     """What was chosen, and why."""
     why = wanted.why
-    source = "random weights (--load_format dummy)" if wanted.load_format == "dummy" else str(wanted.checkpoint)
-    source = wanted.repository.name if wanted.repository is not None else source
     seconds = wanted.num_frames / wanted.fps
     scale = wanted.guide_scale
     if isinstance(scale, tuple):
@@ -142,10 +140,20 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
         scales = f"{scale:g}"
     frames = f"{wanted.num_frames} frames ({why['frames']}) at {wanted.fps} fps = {seconds:.1f} s"
     return [
-        f"task    {wanted.task} ({why['task']}) from {source}",
+        f"task    {wanted.task} ({why['task']}) from {_source(wanted)}",
         f"prompt  {wanted.prompt!r} ({why['prompt']})",
         f"video   {wanted.width}x{wanted.height} ({why['size']}), {'one image' if wanted.num_frames == 1 else frames}",
         f"sample  {wanted.steps} steps of {wanted.solver}, shift {wanted.shift:g}, guidance {scales}, "
         f"seed {wanted.seed} ({why['seed']})",
         f"run     on {hardware}; {plan.describe()}",
     ]
+
+
+def _source(wanted: Wanted) -> str:
+    """Where the weights come from: a repository or folder, files in place of what it holds."""
+    if wanted.load_format == "dummy":
+        return "random weights (--load_format dummy)"
+    place = wanted.repository.name if wanted.repository is not None else str(wanted.checkpoint or "")
+    given = vars(wanted.files).items() if wanted.files is not None else ()
+    files = ", ".join(f"--{name} {path}" for name, path in given if path is not None)
+    return " with ".join(filter(None, (place, files)))

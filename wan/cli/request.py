@@ -10,7 +10,7 @@ import math
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from wan.cli import hub
 from wan.cli.checkpoint import DEMO, check_folder, check_kind, demo_folder, detect_task, no_folder
 from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
 from wan.engine.errors import BadRequest
+from wan.layouts import CheckpointFiles
 
 DEFAULT_TASK = "t2v-A14B"
 DEFAULT_SIZE = "1280*720"
@@ -50,6 +51,7 @@ class Wanted:
     noise_device: str | None = None
     load_format: str = "auto"
     repository: hub.Repository | None = None
+    files: CheckpointFiles | None = None
     why: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -87,6 +89,7 @@ def resolve(args: argparse.Namespace) -> Wanted:
         seed=_seed(args.base_seed, why),
         noise_device=args.noise_device,
         load_format=args.load_format or "auto",
+        files=_files(args),
         repository=None if args.load_format == "dummy" else repository,
         why=why,
         **sampling,
@@ -99,7 +102,7 @@ def fetch(wanted: Wanted) -> None:
         from wan.configs import WAN_CONFIGS
 
         wanted.repository.download(wanted.config)
-        check_folder(wanted.checkpoint, wanted.task, WAN_CONFIGS)
+        check_folder(wanted.checkpoint, wanted.task, WAN_CONFIGS, wanted.files)
 
 
 def _task(
@@ -110,16 +113,19 @@ def _task(
     why: dict[str, str],
 ) -> str:
     task, why["task"] = args.task, "--task"
-    if task is None and args.ckpt_dir is not None:
-        folder = repository.folder if repository is not None else Path(args.ckpt_dir).expanduser()
-        task, why["task"] = detect_task(folder, configs), "read from --ckpt_dir"
+    if task is None and (args.ckpt_dir is not None or args.dit is not None):
+        folder = None if args.ckpt_dir is None else Path(args.ckpt_dir).expanduser()
+        folder = repository.folder if repository is not None else folder
+        source = "--ckpt_dir" if args.dit is None else "--dit"
+        task, why["task"] = detect_task(folder, configs, _files(args)), f"read from {source}"
     if task is None:
         task, why["task"] = DEFAULT_TASK, "default"
     if task in configs:
         return task
     able = ", ".join(configs)
     if why["task"] != "--task":
-        held = f"--ckpt_dir {args.ckpt_dir!r} holds {task}"
+        flag = why["task"].rpartition("--")[2]
+        held = f"--{flag} {getattr(args, flag)!r} holds {task}"
         raise BadRequest(f"{held}, which this version cannot run yet; it runs {able}")
     if task in sizes:
         raise BadRequest(f"--task {task!r} is not in this version yet; it runs {able}")
@@ -230,17 +236,29 @@ def _prompt(args: argparse.Namespace, task: str, why: dict[str, str]) -> str:
 def _checkpoint(
     args: argparse.Namespace, repository: hub.Repository | None, task: str, configs: dict[str, Any]
 ) -> Path | None:
-    if args.load_format == "dummy":
+    if args.load_format == "dummy" and _files(args) is None:
         return Path(args.ckpt_dir).expanduser() if args.ckpt_dir is not None else None
+    files, folder = _files(args), None
     if args.ckpt_dir is None:
-        if task != DEMO:
+        if task != DEMO and not files:
             raise no_folder(args.task)
-        folder = demo_folder()
+        folder = demo_folder() if task == DEMO and not files else None
     elif repository is not None:
-        check_kind(repository.name, detect_task(repository.folder, configs), task)
+        check_kind(repository.name, repository.folder, task, configs, files)
         repository.check(task, configs[task])
         return repository.folder
     else:
         folder = Path(args.ckpt_dir).expanduser()
-    check_folder(folder, task, configs)
+    check_folder(folder, task, configs, files)
     return folder
+
+
+def _files(args: argparse.Namespace) -> CheckpointFiles | None:
+    """The files named one by one; None where there are none. Raises BadRequest beside --load_format dummy."""
+    files = CheckpointFiles(**{each.name: getattr(args, each.name) for each in fields(CheckpointFiles)})
+    if not files:
+        return None
+    if args.load_format == "dummy":
+        given = next(f"--{each.name}" for each in fields(files) if getattr(files, each.name) is not None)
+        raise BadRequest(f"{given} and --load_format dummy contradict each other: leave one of them out")
+    return files

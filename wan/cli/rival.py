@@ -17,6 +17,7 @@ from wan.components import Checkpoint
 from wan.engine.sampling.schedule import SPACINGS, shifted
 from wan.engine.types import Component
 from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae
+from wan.layouts.library import text_encoder_config, transformer_config, vae_config
 from wan.pipeline import scale_pair
 
 if TYPE_CHECKING:
@@ -73,10 +74,8 @@ class Rival:
 def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
     """The pipeline with all networks on the clock's device."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
-    from transformers import AutoTokenizer
 
-    assert wanted.checkpoint is not None
-    checkpoint = Checkpoint(wanted.checkpoint, config)
+    checkpoint = Checkpoint(wanted.checkpoint, config, wanted.files)
     parts = {component.name: component for component in checkpoint.components()}
     two = "high" in parts
 
@@ -100,7 +99,7 @@ def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
     # Class names are looked up in diffusers' own table by the pipeline's loader, which must not be reached here.
     SameNoiseLevels.__name__, TimedPipeline.__name__ = "UniPCMultistepScheduler", "WanPipeline"
     pipe = TimedPipeline(
-        tokenizer=AutoTokenizer.from_pretrained(str(checkpoint.tokenizer)),
+        tokenizer=checkpoint.tokenizer().tokenizer,
         text_encoder=text_encoder(parts["text_encoder"]),
         vae=vae(parts["vae"]),
         scheduler=SameNoiseLevels(
@@ -119,22 +118,8 @@ def transformer(component: Component) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     ours: Any = component.build()
-    sizes = ours.config
     with torch.device("meta"):
-        model = WanTransformer3DModel(
-            patch_size=tuple(sizes.patch_size),
-            num_attention_heads=sizes.num_heads,
-            attention_head_dim=sizes.dim // sizes.num_heads,
-            in_channels=sizes.in_dim,
-            out_channels=sizes.out_dim,
-            text_dim=sizes.text_dim,
-            freq_dim=sizes.freq_dim,
-            ffn_dim=sizes.ffn_dim,
-            num_layers=sizes.num_layers,
-            cross_attn_norm=sizes.cross_attn_norm,
-            qk_norm="rms_norm_across_heads" if sizes.qk_norm else None,
-            eps=sizes.eps,
-        )
+        model = WanTransformer3DModel(**transformer_config(ours.config))
     fill(model, component, ours, DIFFUSERS_DIT)
     rope = model.rope  # its tables are no weights, so they are still on meta
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
@@ -148,14 +133,7 @@ def vae(component: Component) -> nn.Module:
     ours: Any = component.build()
     sizes = ours.config
     with torch.device("meta"):
-        model = AutoencoderKLWan(
-            base_dim=sizes.encoder_dim,
-            decoder_base_dim=sizes.decoder_dim,
-            z_dim=sizes.z_dim,
-            dim_mult=list(sizes.dim_mult),
-            num_res_blocks=sizes.num_res_blocks,
-            temperal_downsample=list(sizes.temporal_down),
-        )
+        model = AutoencoderKLWan(**vae_config(sizes))
     fill(model, component, ours, diffusers_vae(len(sizes.dim_mult), sizes.num_res_blocks))
     return model.eval()
 
@@ -165,22 +143,8 @@ def text_encoder(component: Component) -> nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
     ours: Any = component.build()
-    block = ours.blocks[0]
-    buckets, heads = block.pos_embedding.embedding.weight.shape
     with torch.device("meta"):
-        model = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=ours.token_embedding.weight.shape[0],
-                d_model=ours.dim,
-                d_kv=ours.dim_attn // heads,
-                d_ff=block.ffn.fc1.weight.shape[0],
-                num_layers=len(ours.blocks),
-                num_heads=heads,
-                relative_attention_num_buckets=buckets,
-                feed_forward_proj="gated-gelu",
-                tie_word_embeddings=True,
-            )
-        )
+        model = UMT5EncoderModel(UMT5Config(**text_encoder_config(ours)))
     fill(model, component, ours, TRANSFORMERS_T5)
     return model.eval()
 

@@ -7,15 +7,18 @@ HTML entities unescaped twice, runs of white space collapsed.
 from __future__ import annotations
 
 import html
+import json
 import os
 import re
 import string
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.modules.spiece import spiece_tokenizer
 
 __all__ = ["HuggingfaceTokenizer", "basic_clean", "canonicalize", "whitespace_clean"]
 
@@ -53,19 +56,19 @@ _CLEANERS = {
 class HuggingfaceTokenizer:
     """A Hugging Face tokenizer that cleans its input and pads to `seq_len`.
 
-    `name` is a tokenizer folder (tokenizer.json or spiece.model with its configuration) or a repository name on the
+    `name` is a tokenizer folder, a tokenizer.json, a spiece.model, the content of one, or a repository name on the
     hub; further keywords go to `AutoTokenizer.from_pretrained`. Raises BadCheckpoint when there is no tokenizer.
     """
 
     def __init__(
-        self, name: str | os.PathLike[str], seq_len: int | None = None, clean: str | None = None, **kwargs: Any
+        self, name: str | os.PathLike[str] | bytes, seq_len: int | None = None, clean: str | None = None, **kwargs: Any
     ) -> None:
         if clean not in _CLEANERS:
             raise BadRequest(f"clean={clean!r} is unknown; use None, 'whitespace', 'lower' or 'canonicalize'.")
-        self.name = os.fspath(name)
+        self.name = "spiece_model" if isinstance(name, bytes) else os.fspath(name)
         self.seq_len = seq_len
         self.clean = clean
-        self.tokenizer = _load(self.name, **kwargs)
+        self.tokenizer = spiece_tokenizer(name, self.name) if isinstance(name, bytes) else _load(self.name, **kwargs)
         self.vocab_size: int = self.tokenizer.vocab_size
 
     def __call__(
@@ -89,6 +92,8 @@ class HuggingfaceTokenizer:
 
 
 def _load(name: str, **kwargs: Any) -> Any:
+    if os.path.isfile(name):
+        return _from_file(Path(name))
     # A path is never looked up on the hub: a mistyped folder must fail here at once, not after network timeouts.
     is_folder = os.path.isdir(name)
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -98,6 +103,9 @@ def _load(name: str, **kwargs: Any) -> Any:
         )
     from transformers import AutoTokenizer
 
+    spiece = os.path.join(name, "spiece.model")
+    if is_folder and os.path.isfile(spiece) and not os.path.isfile(os.path.join(name, "tokenizer.json")):
+        return _from_file(Path(spiece))
     if is_folder:
         kwargs.setdefault("local_files_only", True)
     try:
@@ -108,3 +116,21 @@ def _load(name: str, **kwargs: Any) -> Any:
             f"no tokenizer can be read from {name!r} ({reason}); it needs tokenizer.json or spiece.model and "
             "tokenizer_config.json, as in the google/umt5-xxl folder of a Wan checkpoint."
         ) from error
+
+
+def _from_file(path: Path) -> Any:
+    """A tokenizer.json or a sentencepiece model, without the files that usually lie beside it."""
+    content = path.read_bytes()
+    if not content.lstrip().startswith(b"{"):
+        return spiece_tokenizer(content, str(path))
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        fields = json.loads(content)
+    except ValueError as error:
+        raise BadCheckpoint(f"{str(path)!r} cannot be read as JSON ({error}); download it again") from error
+    if "model" not in fields:
+        raise BadCheckpoint(f"{str(path)!r} is no tokenizer: it has no 'model'; pass umt5's tokenizer.json")
+    return PreTrainedTokenizerFast(
+        tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+    )

@@ -29,7 +29,20 @@ DTYPES = {
 }  # fmt: skip
 MAX_HEADER_BYTES = 100 * 2**20
 SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
-LFS_POINTER = b"version https://git-lfs"
+SAFETENSORS = (".safetensors", ".sft")
+_WEB_PAGE = "is a web page, not weights: the download got an error or a login page; download it again"
+NOT_WEIGHTS = (
+    (b"version https://git-lfs", "is a git-lfs pointer, not the weights; run `git lfs pull` in its folder"),
+    (b"<!doctype", _WEB_PAGE),
+    (b"<html", _WEB_PAGE),
+    (b"<?xml", _WEB_PAGE),
+    (
+        b"gguf",
+        "is a GGUF file, whose quantised weights this version cannot use; pass the bf16 or fp16 .safetensors "
+        "file of the same model",
+    ),
+)
+"""What else lies where weights should be, told by its first bytes (in lower case)."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +70,27 @@ class Entry:
 
 def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one .safetensors, .pth, .pt or .ckpt file. Raises BadCheckpoint naming the file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise BadCheckpoint(f"{str(path)!r} cannot be read ({error.strerror}); download it again") from error
-    if start == LFS_POINTER:
-        raise BadCheckpoint(f"{str(path)!r} is a git-lfs pointer, not the weights; run `git lfs pull` in its folder")
-    entries = _safetensors_header(path) if path.suffix == ".safetensors" else _pickle_header(path)
+    check_content(path)
+    entries = _safetensors_header(path) if path.suffix in SAFETENSORS else _pickle_header(path)
     size = path.stat().st_size
     for key, entry in entries.items():
         if entry.tensor is None and entry.offset + entry.span > size:
-            raise truncated(path, key)
+            raise truncated(entry, key)
     return entries
+
+
+def check_content(path: Path) -> None:
+    """Raise BadCheckpoint for a file that is empty, unreadable, or begins like something that is no checkpoint."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32).lower()
+    except OSError as error:
+        raise BadCheckpoint(f"{str(path)!r} cannot be read ({error.strerror}); download it again") from error
+    if not start:
+        raise BadCheckpoint(f"{str(path)!r} is empty (0 bytes); download it again")
+    for begins, what in NOT_WEIGHTS:
+        if start.lstrip().startswith(begins):
+            raise BadCheckpoint(f"{str(path)!r} {what}")
 
 
 def read_index(index: Path) -> dict[str, Entry]:
@@ -102,8 +123,11 @@ def shards_of(path: Path) -> list[Path]:
     return paths
 
 
-def truncated(path: Path, key: str) -> BadCheckpoint:
-    return BadCheckpoint(f"{str(path)!r} is truncated: it ends before {key!r} does; download it again")
+def truncated(entry: Entry, key: str) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{str(entry.path)!r} is truncated: {key!r} ends at byte {entry.offset + entry.span} and the file at byte "
+        f"{entry.path.stat().st_size}; download it again"
+    )
 
 
 def _safetensors_header(path: Path) -> dict[str, Entry]:
@@ -114,11 +138,18 @@ def _safetensors_header(path: Path) -> dict[str, Entry]:
                 raise ValueError(f"its header would be {length} bytes long")
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        return {key: _safetensors_entry(path, 8 + length, row) for key, row in header.items()}
+        odd = [key for key, row in header.items() if row["dtype"] not in DTYPES]
+        entries = {} if odd else {key: _safetensors_entry(path, 8 + length, row) for key, row in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadCheckpoint(
             f"{str(path)!r} is truncated or no safetensors file ({error}); download it again"
         ) from error
+    if odd:
+        raise BadCheckpoint(
+            f"{str(path)!r} stores {odd[0]!r} as {header[odd[0]]['dtype']}, which this version cannot read; pass the "
+            "bf16 or fp16 file of the same model"
+        )
+    return entries
 
 
 def _safetensors_entry(path: Path, base: int, row: Mapping[str, Any]) -> Entry:

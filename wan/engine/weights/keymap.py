@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, pairwise
@@ -31,6 +32,34 @@ class KeyMap:
     @cached_property
     def _backwards(self) -> list[tuple[re.Pattern[str], str]]:
         return [_rule(theirs, ours) for ours, theirs in self.pairs]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one file names the weights of a network: `prefix` before each name, `names` for the rest, some left out."""
+
+    prefix: str = ""
+    names: KeyMap | None = None
+    left_out: Collection[str] = ()
+
+    def ours(self, key: str) -> str | None:
+        """Our name of the file's `key`; None for one to leave out, the key itself where nothing translates it."""
+        if key in self.left_out:
+            return None
+        if not key.startswith(self.prefix):
+            return key
+        bare = key.removeprefix(self.prefix)
+        try:
+            return bare if self.names is None else self.names.to_ours(bare)
+        except BadCheckpoint:
+            return key
+
+    def theirs(self, key: str) -> str:
+        """The file's name of our `key`."""
+        try:
+            return self.prefix + (key if self.names is None else self.names.to_theirs(key))
+        except BadCheckpoint:
+            return key
 
 
 def _rule(source: str, target: str) -> tuple[re.Pattern[str], str]:

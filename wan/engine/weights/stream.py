@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.files import SHARD, Entry, read_header, read_index, shards_of, truncated
+from wan.engine.weights.keymap import Dialect
 
 HEAP_BYTES = 2**16
 DUMMY_POOL = 4_194_319
@@ -27,9 +28,21 @@ DUMMY_POOL = 4_194_319
 class WeightFile:
     """The tensors of a checkpoint, in one file or many. Only headers have been read."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, path: Path, entries: Mapping[str, Entry], dialect: Dialect | None = None) -> None:
         self.path = path
+        self.dialect = dialect or Dialect()
         self._entries = dict(entries)
+
+    def renamed(self, dialect: Dialect) -> WeightFile:
+        """The same tensors under our names. Raises BadCheckpoint where two weights get one name."""
+        entries: dict[str, Entry] = {}
+        for stored, entry in self._entries.items():
+            key = dialect.ours(stored)
+            if key in entries:
+                raise BadCheckpoint(f"{str(self.path)!r} holds {dialect.theirs(key)!r} twice, also as {stored!r}")
+            if key is not None:
+                entries[key] = entry
+        return WeightFile(self.path, entries, dialect)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by key."""
@@ -89,6 +102,27 @@ def find_weights(folder: Path, stem: str = "diffusion_pytorch_model") -> Path:
     return shards_of(shards[0])[0]
 
 
+def check_fit(module: nn.Module, weights: WeightFile) -> None:
+    """Raise one BadCheckpoint naming file and keys unless `weights` are just what `module` needs. Reads no weight."""
+    stored = weights.dialect.theirs
+    expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    shapes = weights.shapes()
+    faults = _faults(
+        missing=[stored(key) for key in expected if key not in shapes],
+        unexpected=[stored(key) for key in shapes if key not in expected],
+        misshaped=[
+            _misshaped(stored(key), shape, expected[key])
+            for key, shape in shapes.items()
+            if shape != expected.get(key, shape)
+        ],
+    )
+    if faults:
+        raise BadCheckpoint(
+            f"{str(weights.path)!r} does not fit {type(module).__name__}: {faults}. Is it the checkpoint of another "
+            "model, or damaged?"
+        )
+
+
 def load_into(
     module: nn.Module,
     weights: Iterable[tuple[str, Tensor]],
@@ -109,16 +143,14 @@ def load_into(
         if key not in expected:
             unexpected.append(key)
         elif expected[key] != tuple(tensor.shape):
-            misshaped.append(f"{key} is {list(tensor.shape)}, not {list(expected[key])}")
+            misshaped.append(_misshaped(key, tensor.shape, expected[key]))
         else:
             found[key] = _settle(tensor, dtype(key), place(key, tensor))
         del tensor  # not kept alive while the next one is read
     missing = [key for key in expected if key not in found and not any(m.startswith(f"{key} ") for m in misshaped)]
-    if missing or unexpected or misshaped:
-        faults = _named("missing", missing), _named("unexpected", unexpected), _named("of the wrong shape", misshaped)
+    if faults := _faults(missing=missing, unexpected=unexpected, misshaped=misshaped):
         raise BadCheckpoint(
-            f"the weights do not fit {type(module).__name__}: {'; '.join(filter(None, faults))}. "
-            "Is it the checkpoint of another model?"
+            f"the weights do not fit {type(module).__name__}: {faults}. Is it the checkpoint of another model?"
         )
     module.load_state_dict(found, strict=True, assign=True)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
@@ -152,7 +184,7 @@ def _read(file: FileIO, entry: Entry, key: str) -> Tensor:
     while rest:
         count = file.readinto(rest)
         if not count:
-            raise truncated(entry.path, key)
+            raise truncated(entry, key)
         rest = rest[count:]
     flat = raw.view(entry.dtype)
     return flat.view(entry.shape) if entry.stride is None else flat.as_strided(entry.shape, entry.stride).contiguous()
@@ -170,6 +202,15 @@ def _settle(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> 
     # To the device first: a GPU converts much faster than the CPU. What stays in place is not copied at all.
     moved = tensor.to(device)
     return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
+
+
+def _misshaped(key: str, shape: Sequence[int], wanted: Sequence[int]) -> str:
+    return f"{key} is {list(shape)}, not {list(wanted)}"
+
+
+def _faults(*, missing: Sequence[str], unexpected: Sequence[str], misshaped: Sequence[str]) -> str:
+    named = _named("missing", missing), _named("unexpected", unexpected), _named("of the wrong shape", misshaped)
+    return "; ".join(filter(None, named))
 
 
 def _named(kind: str, faults: Sequence[str]) -> str:

@@ -1,0 +1,252 @@
+"""Writes a checkpoint in the original layout or in diffusers', from any layout that generate.py reads.
+
+    python tools/convert.py --ckpt_dir ./ComfyUI/models --to diffusers --out ./Wan2.2-T2V-A14B-Diffusers
+    python tools/convert.py --dit a.safetensors --vae b.safetensors --t5 c.safetensors --to upstream --out ./Wan2.1
+
+Everything is checked before the first byte is written; tensors are copied one by one, so memory holds one at a time.
+The folder appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from wan.cli.checkpoint import check_folder, detect_task  # noqa: E402
+from wan.components import Checkpoint, Network  # noqa: E402
+from wan.configs import WAN_CONFIGS  # noqa: E402
+from wan.engine.errors import BadRequest, OutputError, WanError  # noqa: E402
+from wan.engine.weights.keymap import (  # noqa: E402
+    DIFFUSERS_DIT,
+    TRANSFORMERS_T5,
+    KeyMap,
+    diffusers_vae,
+    diffusers_vae22,
+)
+from wan.engine.weights.write import Table, table_bytes, write_pth, write_safetensors  # noqa: E402
+from wan.layouts import CheckpointFiles, original  # noqa: E402
+from wan.layouts.library import text_encoder_config, transformer_config, vae_config  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DIT_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
+PUBLISHED = (
+    "dim",
+    "eps",
+    "ffn_dim",
+    "freq_dim",
+    "in_dim",
+    "model_type",
+    "num_heads",
+    "num_layers",
+    "out_dim",
+    "text_len",
+)
+"""What config.json of the original checkpoints holds."""
+
+
+class Output:
+    """A folder being written: where parts go and in which precision."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
+        self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
+
+    def table(self, network: Network, names: KeyMap | None) -> Table:
+        """What to write of a network. The VAE keeps its precision: in half precision its videos are blurred."""
+        weights = network.open()
+        shapes, dtypes = weights.shapes(), weights.dtypes()
+        return {
+            names.to_theirs(key) if names else key: (self._dtype(network, dtypes[key]), shape)
+            for key, shape in shapes.items()
+        }
+
+    def tensors(self, network: Network, names: KeyMap | None) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in network.open().stream():
+            yield names.to_theirs(key) if names else key, tensor.to(self._dtype(network, tensor.dtype))
+
+    def safetensors(
+        self, network: Network, where: str, stem: str, names: KeyMap | None, config: dict[str, Any]
+    ) -> None:
+        folder = self.folder / where
+        self.json(f"{where}/config.json", config)
+        print(f"{where}/{stem}.safetensors from {network.path}", flush=True)
+        write_safetensors(folder, stem, self.table(network, names), self.tensors(network, names), self.shard_bytes)
+
+    def pth(self, network: Network, name: str) -> None:
+        print(f"{name} from {network.path}", flush=True)
+        write_pth(self.folder / name, self.table(network, None), self.tensors(network, None))
+
+    def json(self, name: str, content: dict[str, Any]) -> None:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def tokenizer(self, checkpoint: Checkpoint, where: str) -> None:
+        """The tokenizer's folder copied, or one made from a single file."""
+        source, target = checkpoint.places.paths["tokenizer"], self.folder / where
+        target.mkdir(parents=True)
+        if source is not None and source.is_dir():
+            for path in sorted(source.iterdir()):
+                if path.is_file():
+                    shutil.copyfile(path, target / path.name)
+            return
+        tokenizer = checkpoint.tokenizer().tokenizer
+        tokenizer.backend_tokenizer.save(str(target / "tokenizer.json"))
+        tokens = {name: getattr(tokenizer, name) for name in ("pad_token", "eos_token", "unk_token")}
+        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "padding_side": "right"}
+        self.json(f"{where}/special_tokens_map.json", tokens)
+        self.json(f"{where}/tokenizer_config.json", tokens | fields | {"clean_up_tokenization_spaces": False})
+
+    def _dtype(self, network: Network, stored: torch.dtype) -> torch.dtype:
+        return self.dtype if self.dtype and stored.is_floating_point and network.part != "vae" else stored
+
+
+def write_upstream(checkpoint: Checkpoint, out: Output) -> None:
+    """The folders Wan was published in."""
+    config = checkpoint.config
+    places = original.paths(out.folder, checkpoint.places.experts, config)
+    names = {part: str(path.relative_to(out.folder)) for part, path in places.items() if path is not None}
+    for part in checkpoint.places.experts:
+        network = checkpoint.network(part)
+        sizes: Any = network.module()
+        fields = {"_class_name": "WanModel"} | {key: sizes.config[key] for key in PUBLISHED}
+        out.safetensors(network, names[part], DIT_STEM, None, fields)
+    out.pth(checkpoint.network("text_encoder"), names["text_encoder"])
+    out.pth(checkpoint.network("vae"), names["vae"])
+    out.tokenizer(checkpoint, names["tokenizer"])
+
+
+def write_diffusers(checkpoint: Checkpoint, out: Output) -> None:
+    """The folders `WanPipeline.from_pretrained` reads."""
+    folders = dict(zip(checkpoint.places.experts, ("transformer", "transformer_2"), strict=False))
+    for part, folder in folders.items():
+        network = checkpoint.network(part)
+        sizes: Any = network.module()
+        fields = {"_class_name": "WanTransformer3DModel"} | transformer_config(sizes.config)
+        out.safetensors(network, folder, DIT_STEM, DIFFUSERS_DIT, fields)
+    network = checkpoint.network("text_encoder")
+    fields = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | text_encoder_config(network.module())
+    out.safetensors(network, "text_encoder", TEXT_STEM, TRANSFORMERS_T5, fields)
+    network = checkpoint.network("vae")
+    vae: Any = network.module()
+    blocks, levels = vae.config.num_res_blocks, len(vae.config.dim_mult)
+    names = diffusers_vae22(blocks) if vae.config.grouped else diffusers_vae(levels, blocks)
+    out.safetensors(network, "vae", DIT_STEM, names, {"_class_name": "AutoencoderKLWan"} | vae_config(vae.config))
+    out.tokenizer(checkpoint, "tokenizer")
+    _write_index(checkpoint.config, out, two="transformer_2" in folders.values())
+
+
+def _write_index(config: Any, out: Output, *, two: bool) -> None:
+    """model_index.json and the scheduler, which in diffusers holds the sampling shift."""
+    out.json(
+        "scheduler/scheduler_config.json",
+        {
+            "_class_name": "UniPCMultistepScheduler",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": config.sample_shift,
+            "num_train_timesteps": config.num_train_timesteps,
+            "solver_order": 2,
+            "solver_type": "bh2",
+        },
+    )
+    told = out.folder / "tokenizer" / "tokenizer_config.json"
+    fields = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    kind = fields.get("tokenizer_class", "T5Tokenizer")
+    out.json(
+        "model_index.json",
+        {
+            "_class_name": "WanPipeline",
+            "boundary_ratio": config.get("boundary"),
+            "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+            "text_encoder": ["transformers", "UMT5EncoderModel"],
+            "tokenizer": ["transformers", kind if kind.endswith("Fast") else f"{kind}Fast"],
+            "transformer": ["diffusers", "WanTransformer3DModel"],
+            "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+            "vae": ["diffusers", "AutoencoderKLWan"],
+        },
+    )
+
+
+LAYOUTS = {"upstream": write_upstream, "diffusers": write_diffusers}
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Check, write beside the target, rename. Raises WanError; what was begun is removed."""
+    target = Path(args.out).expanduser()
+    if target.exists():
+        raise BadRequest(f"--out {args.out!r} exists already; give a new folder")
+    if not args.shard_gb > 0:
+        raise BadRequest(f"--shard_gb {args.shard_gb!r}: it must be greater than 0")
+    checkpoint = _checkpoint(args)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise BadRequest(f"--out {args.out!r} cannot be written ({error.strerror})") from error
+    out = Output(work, DTYPES.get(args.dtype), int(args.shard_gb * 1e9))
+    try:
+        _check_space(checkpoint, out)
+        LAYOUTS[args.to](checkpoint, out)
+        work.chmod(0o755)
+        work.rename(target)
+    except OSError as error:
+        raise OutputError(f"--out {args.out!r} could not be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"saved {target}")
+
+
+def _checkpoint(args: argparse.Namespace) -> Checkpoint:
+    files = CheckpointFiles(dit=args.dit, dit_low=args.dit_low, vae=args.vae, t5=args.t5, tokenizer=args.tokenizer)
+    folder = None if args.ckpt_dir is None else Path(args.ckpt_dir).expanduser()
+    task = args.task or detect_task(folder, WAN_CONFIGS, files)
+    if task not in WAN_CONFIGS:
+        said = "no model was found" if task is None else f"{task!r} cannot be converted"
+        raise BadRequest(f"{said}; pass --ckpt_dir or --dit, and --task with one of {', '.join(WAN_CONFIGS)}")
+    check_folder(folder, task, WAN_CONFIGS, files)
+    return Checkpoint(folder, WAN_CONFIGS[task], files)
+
+
+def _check_space(checkpoint: Checkpoint, out: Output) -> None:
+    parts = (*checkpoint.places.experts, "text_encoder", "vae")
+    needed = sum(table_bytes(out.table(checkpoint.network(part), None)) for part in parts)
+    free = shutil.disk_usage(out.folder).free
+    if needed > free:
+        raise BadRequest(f"--out needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; free some space")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt_dir", help="checkpoint folder in any layout")
+    parser.add_argument("--task", help="what the checkpoint is for (default: told by its keys)")
+    for name in ("dit", "dit_low", "t5", "vae", "tokenizer"):
+        parser.add_argument(f"--{name}", help="as in generate.py: this file in place of the folder's")
+    parser.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
+    parser.add_argument("--out", required=True, help="the folder to make; it must not exist")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="precision of transformers and text encoder (default: as stored)"
+    )
+    parser.add_argument("--shard_gb", type=float, default=10.0, help="largest safetensors file (default: 10)")
+    try:
+        convert(parser.parse_args(argv))
+    except WanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Whose network a weight file holds and whose names it uses, told by its keys, and files that are refused by name.
+
+A layout of folders says where files lie; what is in them is decided here, so that any file may lie anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.keymap import (
+    DIFFUSERS_DIT,
+    TRANSFORMERS_T5,
+    Dialect,
+    KeyMap,
+    diffusers_vae,
+    diffusers_vae22,
+)
+from wan.engine.weights.stream import WeightFile, open_weights
+
+DIT, TEXT_ENCODER, VAE = "dit", "text_encoder", "vae"
+CALLED = {DIT: "transformer", TEXT_ENCODER: "umT5 text encoder", VAE: "video VAE"}
+SPIECE = "spiece_model"
+"""Under this name ComfyUI's text encoder files carry the tokenizer: the bytes of a sentencepiece model."""
+
+_PREFIX = r"(?P<prefix>model\.diffusion_model\.|diffusion_model\.|model\.|)"
+
+
+def _original(prefix: str, keys: list[str]) -> Dialect:
+    return Dialect(prefix, left_out=(SPIECE,) if SPIECE in keys else ())
+
+
+def _diffusers_dit(prefix: str, keys: list[str]) -> Dialect:
+    return Dialect(prefix, DIFFUSERS_DIT)
+
+
+def _transformers_t5(prefix: str, keys: list[str]) -> Dialect:
+    """transformers lists the token embedding under two names, or under either."""
+    second = "encoder.embed_tokens"
+    if f"{prefix}shared.weight" in keys:
+        return Dialect(prefix, TRANSFORMERS_T5, left_out=(SPIECE, f"{prefix}{second}.weight"))
+    return Dialect(prefix, KeyMap((("token_embedding", second), *TRANSFORMERS_T5.pairs[1:])), left_out=(SPIECE,))
+
+
+def _diffusers_vae(prefix: str, keys: list[str]) -> Dialect:
+    """The map depends on how many levels there are and how many blocks each has."""
+    pattern = re.compile(re.escape(prefix) + r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.")
+    found = [(int(match[1]), int(match[2])) for key in keys if (match := pattern.match(key))]
+    levels, blocks = (1 + max(numbers) for numbers in zip(*found, strict=True)) if found else (1, 2)
+    grouped = any(key.startswith(f"{prefix}encoder.down_blocks.0.resnets.") for key in keys)
+    return Dialect(prefix, diffusers_vae22(blocks - 1) if grouped else diffusers_vae(levels, blocks - 1))
+
+
+_NETWORKS: tuple[tuple[str, str, Callable[[str, list[str]], Dialect]], ...] = (
+    (DIT, r"blocks\.\d+\.(self_attn|cross_attn)\.", _original),
+    (DIT, r"blocks\.\d+\.attn[12]\.", _diffusers_dit),
+    (TEXT_ENCODER, r"blocks\.\d+\.attn\.[qkvo]\.", _original),
+    (TEXT_ENCODER, r"encoder\.block\.\d+\.layer\.", _transformers_t5),
+    (VAE, r"(encoder\.down|decoder\.up)samples\.", _original),
+    (VAE, r"(encoder\.down|decoder\.up)_blocks\.", _diffusers_vae),
+)
+"""Network, what its blocks are called (after a prefix), and the dialect that speaks so."""
+
+_QUANTISED = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8}
+_SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|\w*weight_scale(_2)?|\w*input_scale|comfy_quant)$")
+
+
+def identify(keys: Iterable[str]) -> tuple[str, Dialect] | None:
+    """(network, dialect) of a file with these keys; None where it is no network of Wan's."""
+    listed = list(keys)
+    for network, blocks, dialect in _NETWORKS:
+        pattern = re.compile(_PREFIX + blocks)
+        for key in listed:
+            if match := pattern.match(key):
+                return network, dialect(match["prefix"], listed)
+    return None
+
+
+def open_network(path: Path, network: str) -> WeightFile:
+    """The weights of `network` under our names. Reads headers alone.
+
+    Raises BadCheckpoint naming the file when it cannot be read, holds another network, or quantised weights.
+    """
+    weights = open_weights(path)
+    found = identify(weights.shapes())
+    if found is None:
+        first = next(iter(weights.shapes()), None)
+        raise BadCheckpoint(f"{str(path)!r} is no {CALLED[network]}: its first weight is {first!r}")
+    if found[0] != network:
+        raise BadCheckpoint(f"{str(path)!r} is a {CALLED[found[0]]}, not a {CALLED[network]}")
+    refuse_quantised(weights)
+    return weights.renamed(found[1])
+
+
+def refuse_quantised(weights: WeightFile) -> None:
+    """Raise BadCheckpoint, saying which kind it is, if `weights` are fp8, int8 or packed 4-bit numbers."""
+    dtypes = {key: dtype for key, dtype in weights.dtypes().items() if key != SPIECE}
+    scale = next((key for key in dtypes if _SCALE.search(key)), None)
+    odd = next((key for key, dtype in dtypes.items() if dtype in _QUANTISED and not _SCALE.search(key)), None)
+    if odd is None and scale is None:
+        return
+    kind = "fp8" if odd is None or "float8" in str(dtypes[odd]) else str(dtypes[odd]).removeprefix("torch.")
+    seen = [f"{odd!r} is {str(dtypes[odd]).removeprefix('torch.')}"] if odd is not None else []
+    seen += [f"scales such as {scale!r}"] if scale is not None else []
+    raise BadCheckpoint(
+        f"{str(weights.path)!r} is a quantised {kind} file ({', '.join(seen)}), which this version cannot use; pass "
+        "the bf16 or fp16 file of the same model"
+    )
