@@ -1,4 +1,4 @@
-"""Writes the pages of docs/ that are derived from the code: optimizations.md, families.md, cli.md.
+"""Writes the pages of docs/ that are derived from the code: optimizations, families, cli, FILENAME_GUIDE.
 
 python tools/gen_docs.py            write them (make docs)
 python tools/gen_docs.py --check    exit 1 and name the pages that are out of date
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from wan.cli import args as cli  # noqa: E402
+from wan.cli import naming  # noqa: E402
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402
 from wan.engine.optimizations import registry  # noqa: E402
 from wan.engine.options import Option, options_of  # noqa: E402
@@ -157,6 +158,44 @@ def plain_flag_row(flag: cli.Flag) -> list[str]:
     return [names + choices, spelled(flag.default), flag.help]
 
 
+def filename_page() -> str:
+    """The fields of --name and what becomes of them."""
+    takes = {naming.TEXT: "characters at most", naming.NUMBER: "digits at least", naming.FIXED: "-"}
+    rows = [[f"`{{{f.name}}}`", f.help, f.example or "-", takes[f.kind]] for f in naming.FIELDS]
+    return "\n".join([GENERATED, FILENAME_HEAD, *table(("field", "is", "example", "`:N`"), rows), FILENAME_RULES])
+
+
+FILENAME_HEAD = """# Names of videos
+
+```bash
+python generate.py --task t2v-demo                                                   # task_size_1_prompt_time.mp4
+python generate.py --task t2v-demo --save_file clips/                                # the same, in that folder
+python generate.py --task t2v-demo --save_file clips/fox.mp4                         # that file
+python generate.py --task t2v-demo --name "{task}_{size}_{seed}_{prompt:40}"         # by fields
+python generate.py --task t2v-demo --name "{date}/{resolution}_{index:4}" --save_file clips/
+```
+
+Without `--name` a video is called as upstream calls it: task, size, the degree of parallelism, 50 characters of the
+prompt, the time. `--name` makes it of text and fields:
+"""
+
+FILENAME_RULES = f"""
+- `/` makes sub-folders. `..`, absolute paths, unknown fields and stray braces are refused before anything is loaded;
+  `{{{{` and `}}}}` stand for braces.
+- A text without a length has at most {naming.DEFAULT_LENGTH} characters. A name or folder has at most
+  {naming.MAX_BYTES} bytes in UTF-8; where it would have more, the longest text gives way, so that a seed at the end
+  stays.
+- The ending is .mp4, or .png for one frame, unless the pattern ends in {", ".join(naming.ENDINGS)}.
+- Every name is one that Windows, macOS and Linux take: characters such as `:` or `?` and line breaks become `_`, marks
+  nobody sees (direction of text, zero width) go, names of devices (`CON`, `LPT1`) get a `_`, dots and blanks at the
+  ends go.
+- A name of the program's own never overwrites: where the file exists, or another run is making it, `-2`, `-3`, ... is
+  added, or `{{index}}` counts on. The name is taken at the start by a folder `NAME.mp4.run` beside it, so programs that
+  start in the same second do not meet.
+- A file named with `--save_file` is replaced, at once and only after the new video was read back.
+"""
+
+
 def pages() -> dict[Path, str]:
     """Path of each generated page and what belongs in it."""
     docs = ROOT / "docs"
@@ -164,6 +203,7 @@ def pages() -> dict[Path, str]:
         docs / "optimizations.md": optimizations_page(),
         docs / "families.md": families_page(),
         docs / "cli.md": cli_page(),
+        docs / "FILENAME_GUIDE.md": filename_page(),
     }
 
 

@@ -185,18 +185,18 @@ def noise(seed: str, size: int = 3 << 20) -> bytes:
 
 
 def published() -> dict[str, bytes]:
-    """A repository as published: what the task needs in small, and what it does not need."""
+    """A repository as published: what the task needs in small, and what it does not need; no two files are equal."""
     files = {"README.md": b"#", "assets/demo.mp4": noise("demo", 100), "nohup.out": b"x"}
     for folder in TWO:
         files[f"{folder}/config.json"] = json.dumps({"model_type": "t2v", "dim": 5120, "of": folder}).encode()
         shards = [f"{DIT}-{i:05d}-of-00002.safetensors" for i in (1, 2)]
         files |= {f"{folder}/{shard}": noise(folder + shard, 1000) for shard in shards}
-        index = {"weight_map": dict(zip("ab", shards, strict=True))}
+        index = {"weight_map": dict(zip("ab", shards, strict=True)), "of": folder}
         files[f"{folder}/{DIT}.safetensors.index.json"] = json.dumps(index).encode()
         files[f"{folder}/{DIT}.fp16.safetensors"] = b"another variant"
     files[BIG] = noise("big")
     files |= {"models_t5_umt5-xxl-enc-bf16.pth": noise("t5"), "Wan2.1_VAE.pth": noise("vae", 1000)}
-    return files | {f"google/umt5-xxl/{name}": b"{}" for name in ("tokenizer.json", "tokenizer_config.json")}
+    return files | {f"google/umt5-xxl/{name}": name.encode() for name in ("tokenizer.json", "tokenizer_config.json")}
 
 
 UNNEEDED = {"README.md", "assets/demo.mp4", "nohup.out", *(f"{folder}/{DIT}.fp16.safetensors" for folder in TWO)}
@@ -393,14 +393,21 @@ def test_a_refusal_is_one_line_with_status_2(hub: Hub, status: int, code: str, s
 
 
 @pytest.mark.parametrize(("status", "code"), [(403, "GatedRepo"), (404, "EntryNotFound"), (503, "")])
-def test_a_refused_file_keeps_the_others(hub: Hub, status: int, code: str) -> None:
+def test_a_refused_file_keeps_what_came_of_the_others(hub: Hub, tmp_path: Path, status: int, code: str) -> None:
     hub.refuse[BIG] = (status, code)
     with pytest.raises(BadCheckpoint, match="are kept in .*; the same command continues there"):
         repository(hub).download(CONFIG)
+    t5 = "models_t5_umt5-xxl-enc-bf16.pth"
+    blob = f"blobs/{hashlib.sha256(hub.files[t5]).hexdigest()}"
+    whole = list((tmp_path / "cache").glob(f"*/{blob}"))
+    part = sum(path.stat().st_size for path in (tmp_path / "cache").glob(f"*/{blob}.part"))
     hub.refuse.clear()
     hub.requests.clear()
-    repository(hub).download(CONFIG)
-    assert BIG in hub.fetched() and "models_t5_umt5-xxl-enc-bf16.pth" not in hub.fetched()
+    wanted = repository(hub)
+    wanted.download(CONFIG)
+    assert hub.ranges(BIG) == [None] and held(wanted.folder)[t5] == hub.files[t5]
+    asked = [f"bytes={part}-"] if 0 < part < len(hub.files[t5]) else [] if part else [None]
+    assert hub.ranges(t5) == ([] if whole else asked)
 
 
 def test_a_bad_request_downloads_nothing(hub: Hub, capsys: Any) -> None:

@@ -111,15 +111,15 @@ def test_a_wrong_value_exits_2(words: list[str]) -> None:
     [
         ("mode", "int3", "'int3' is not one of off, weight, scaled"),
         ("mode", True, "True is not one of"),
-        ("blocks", "4", "'4' is not a int"),
-        ("blocks", 4.0, "4.0 is not a int"),
-        ("blocks", True, "True is not a int"),
+        ("blocks", "4", "'4' is not an int"),
+        ("blocks", 4.0, "4.0 is not an int"),
+        ("blocks", True, "True is not an int"),
         ("fast", 1, "1 is not a bool"),
         ("fast", "yes", "'yes' is not a bool"),
         ("strength", "strong", "'strong' is not a float"),
         ("strength", True, "True is not a float"),
         ("device", 0, "0 is not a str"),
-        ("blocks", None, "None is not a int"),
+        ("blocks", None, "None is not an int"),
     ],
 )
 def test_keywords_and_presets_are_checked_and_named(name: str, value: Any, words: str) -> None:

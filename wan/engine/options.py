@@ -129,7 +129,10 @@ def check_value(o: Option, value: Any, source: str) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise BadRequest(f"{source}: {o.name} = {value!r} is not a {' or '.join(kind.__name__ for kind in kinds)}")
+        names = " or ".join(
+            f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds if kind is not type(None)
+        )
+        raise BadRequest(f"{source}: {o.name} = {value!r} is not {names}")
     return value
 
 
