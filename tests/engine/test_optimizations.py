@@ -24,7 +24,7 @@ from wan.engine.optimizations.batched_cfg import batched
 from wan.engine.options import Option, options_of
 from wan.engine.placement import Policy
 from wan.engine.plan import Optimization, Plan, options
-from wan.engine.types import Condition, Segment, Step
+from wan.engine.types import Condition, Segment, Step, Tiling
 
 Settings = dict[str, Any]
 Generate = Callable[..., Tensor]
@@ -32,6 +32,7 @@ Generate = Callable[..., Tensor]
 UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
     "compile_mode": "default", "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
+    "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
@@ -264,6 +265,26 @@ def test_a_backend_this_machine_lacks_is_refused_before_anything_is_read(tiny_co
     with pytest.raises(WanError, match=name) as caught:
         Plan.of(registry(), {"attention": name}).check(old)
     assert "\n" not in str(caught.value)
+
+
+# VAE tiling --------------------------------------------------------------------------------------------------------
+
+
+def test_vae_tiling_decodes_the_same_latents_in_tiles_for_one_call_or_all(
+    tiny_checkpoint: Path, tiny_config: Any
+) -> None:
+    tiles = {"vae_tile": 6, "vae_tile_overlap": 2}
+    call: Settings = {"size": (64, 48), "frame_num": 5, "sampling_steps": 1, "seed": 1, "offload_model": None}
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", vae_tiling=True, **tiles)
+    tiled = pipe.generate("a red bird", **call)
+    latents: list[Tensor] = []
+    run = pipe.run
+    pipe.run = lambda request, **named: run(request, observe=(lambda step, x: latents.append(x),), **named)  # type: ignore[method-assign]
+    whole = pipe.generate("a red bird", vae_tiling=False, **call)
+    for video, tiling in ((tiled, Tiling(tile=6, overlap=2)), (whole, None)):
+        chunks = pipe.vae.model.decode_chunks(latents[-1], frames_per_chunk=None, tiling=tiling)
+        assert torch.equal(video, torch.cat(list(chunks), dim=2)[0].clamp(-1, 1))
+    assert not torch.equal(tiled, whole)
 
 
 # Compile -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.types import Tiling
 from wan.engine.weights.stream import load_into, open_weights
 from wan.modules.vae_blocks import (
     Causal,
@@ -36,36 +37,8 @@ from wan.modules.vae_blocks import (
     residual_blocks,
     unfold,
 )
-
-# Statistics of the published latents per channel (Wan2.1/wan/modules/vae.py:628, Wan2.2/wan/modules/vae2_2.py:899).
-LATENT_MEAN = {
-    16: (
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-    48: (
-        -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-        -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-        -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-        -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-        -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-        0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
-    ),
-}  # fmt: skip
-LATENT_STD = {
-    16: (
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-    48: (
-        0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-        0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-        0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-        0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-        0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-        0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
-    ),
-}  # fmt: skip
+from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
+from wan.modules.vae_tiling import decode_tiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +144,14 @@ class Decoder3d(Causal):
         self.head = head(widths[-1], 3 * config.patch_size**2)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        x = self.middle(self.conv1(x, cache), cache)
+        return self.grow(self.bottleneck(x, cache), cache)
+
+    def bottleneck(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """The part at the latent's size: cheap, and its attention sees whole frames."""
+        return self.middle(self.conv1(x, cache), cache)
+
+    def grow(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        """The part that grows to the video's size: nearly all the work, and convolutions only."""
         return self.head(self.upsamples(x, cache), cache)
 
 
@@ -260,16 +240,25 @@ class WanVAEModel(nn.Module):
         return (torch.cat(means, dim=2) - mean) * inverse_std
 
     def decode_chunks(
-        self, latents: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
+        self,
+        latents: Tensor,
+        scale: Sequence[Tensor] | None = None,
+        *,
+        frames_per_chunk: int | None = 1,
+        tiling: Tiling | None = None,
     ) -> Iterator[Tensor]:
         """Yield the video of normalised latents [B, z, t, h, w] as consecutive frames [B, 3, n, H, W], not clamped.
 
         `frames_per_chunk` latent frames are decoded at a time (None: all): more is faster for small videos, peak
         memory grows with it, the result is the same. The first latent frame gives one frame, the others four each.
+        With `tiling` a chunk is computed tile by tile, which needs less memory and differs near the seams.
         """
         mean, inverse_std = self._scale(scale)
         z = self.conv2((latents / inverse_std + mean).to(self.conv2.weight.dtype))
         chunk = frames_per_chunk or z.shape[2]
+        if tiling is not None and max(z.shape[3:]) > tiling.tile:
+            yield from map(self._to_pixels, decode_tiled(self.decoder, z, chunk, tiling))
+            return
         cache = FrameCache() if chunk < z.shape[2] else None
         for part in z.split(chunk, dim=2):
             yield self._to_pixels(self.decoder(part, cache))

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 class FrameCache(dict[nn.Module, Tensor]):
     """The last frames seen by each causal layer of one stream; a new stream starts with an empty one."""
 
+    def move(self, device: torch.device | str) -> None:
+        """Keep the frames there: parked in RAM while other streams compute."""
+        self.update({layer: frames.to(device) for layer, frames in self.items()})
+
 
 class Causal(nn.Module):
     """A layer whose output depends on earlier frames: its forward takes the stream's cache."""

@@ -10,9 +10,12 @@ from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.tf32 import TF32
 from wan.engine.optimizations.vae_cpu import VAECPU
+from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
-__all__ = ["TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "Offload", "Precision", "registry"]
+__all__ = [
+    "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "Offload", "Precision", "VAETiling", "registry",
+]  # fmt: skip
 
 
 def registry() -> tuple[type[Optimization], ...]:
