@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def prepare() -> None:
@@ -19,3 +20,14 @@ def prepare() -> None:
 def rank() -> int:
     """This process's number as torchrun sets it; 0 in a single process. Only rank 0 talks to the user."""
     return int(os.environ.get("RANK", "0"))
+
+
+def cache_folder() -> Path | None:
+    """The user's folder for what can be made again, where the system wants it; None for a user without a home."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    place = {"win32": os.environ.get("LOCALAPPDATA"), "darwin": str(home / "Library" / "Caches")}
+    base = place.get(sys.platform, os.environ.get("XDG_CACHE_HOME"))
+    return Path(base or home / ".cache") / "wan-engine"

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from wan.cli.args import PROGRAM_DEFAULTS
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
-from wan.engine.options import Option
 from wan.engine.plan import Optimization, Plan, options
 from wan.resources import folder
 
@@ -27,7 +26,9 @@ def make_plan(
     Raises IncompatibleOptions or BadRequest before anything is loaded.
     """
     known = {o.name: o for o in options(registry)}
-    values, reasons = _chosen_here(known, hardware)
+    here = chosen_here(known, hardware.world_size)
+    values = {name: value for name, (value, _) in here.items()}
+    reasons = {name: why for name, (_, why) in here.items()}
     name, wanted = (args.preset, "flag") if args.preset is not None else (default, "default")
     path = find_preset(name, hardware)
     if path is not None:
@@ -80,13 +81,11 @@ def _by_hardware(places: Path, hardware: Hardware) -> str:
     return next(named, "auto")
 
 
-def _chosen_here(known: dict[str, Option], hardware: Hardware) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the program chooses where the library leaves a default, as upstream's program does."""
+def chosen_here(known: Iterable[str], world_size: int) -> dict[str, tuple[Any, str]]:
+    """Option -> (value, why) of what the program chooses where the library leaves a default, as upstream's does."""
     always: dict[str, tuple[Any, str]] = {name: (value, "default") for name, value in PROGRAM_DEFAULTS.items()}
-    alone = hardware.world_size == 1
-    always["offload_model"] = (alone, "one process" if alone else "several processes")
-    chosen = {name: entry for name, entry in always.items() if name in known}
-    return {name: value for name, (value, _) in chosen.items()}, {name: why for name, (_, why) in chosen.items()}
+    always["offload_model"] = (world_size == 1, "one process" if world_size == 1 else "several processes")
+    return {name: entry for name, entry in always.items() if name in known}
 
 
 def refuse_several_processes(registry: Sequence[type[Optimization]], world_size: int) -> None:

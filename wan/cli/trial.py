@@ -6,15 +6,13 @@ A process each, so that peak memory is the variant's own and switches that act o
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from wan.cli import env
+from wan.cli.memory import peak_bytes, reset_peak
 from wan.engine.errors import WanError
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ class Clock:
     def start(self) -> None:
         """A run begins."""
         self.stages, self._current = {}, "text"
-        _reset_peak(self.device)
+        reset_peak(self.device)
         self._since = self._now()
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -90,7 +88,7 @@ class Clock:
         return Trial(
             seconds=sum(self.stages.values()),
             stages=self.stages,
-            peak_bytes=_peak(self.device),
+            peak_bytes=peak_bytes(self.device) or 0,
             latents=latents.detach().float().cpu().numpy().copy(),
         )
 
@@ -216,25 +214,3 @@ def plan_of(args: argparse.Namespace, optimized: bool, hardware: Hardware) -> Pl
     placed = [o for o in plan.optimizations if o.order == Order.PLACEMENT]
     values = {option.name: getattr(o, option.name) for o in placed for option in options_of(type(o))}
     return Plan.of(known, values)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes: allocated on the GPU at most, or resident in RAM at most, since `_reset_peak` (elsewhere: ever)."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text().split()
-        return int(status[status.index("VmHWM:") + 1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -86,6 +86,8 @@ class Report:
     """Per expert, the duration of each of its steps."""
     decode: str = ""
     """How the latents were decoded in the end: "whole", "in tiles of 32" or "on the CPU ..."."""
+    kernels: dict[str, str] = field(default_factory=dict)
+    """Per expert, the backend that computed its attention."""
 
     def describe_forwards(self) -> str:
         return "; ".join(forwards.describe() for forwards in self.forwards)

@@ -93,6 +93,8 @@ class Engine:
         self.placement = placement
         self.progress: Progress = Silent()
         self.expert_names = tuple(c.name for c in components if c.is_expert)
+        self.kernels: dict[str, str] = {}
+        """Expert -> its attention backend, where an optimisation chose one."""
         self._names = tuple(c.name for c in components)
         self._trunk_wrappers: list[TrunkWrapper] = []
         self._denoiser_wrappers: list[DenoiserWrapper] = []
@@ -303,6 +305,7 @@ class Engine:
 
         with self._use(segment.expert) as dit, self._seams(dit, segment, forwards) as denoiser:
             job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
+            job.report.kernels[segment.expert] = self.kernels.get(segment.expert, "sdpa")
             monitor.start(run.latents)
             predict = Guidance(denoiser, run.branches, job.family.coefficients(run.request, job.config))
             observe: tuple[Observer, ...] = (monitor, record, *job.observe)

@@ -55,4 +55,5 @@ class Attention(Optimization):
         )
         for layer in layers:  # those with a window of their own keep the path that knows it
             layer.attend = attend
+        engine.kernels[name] = chosen
         logging.getLogger(__name__).info("attention of %s: %s (%s)", name, chosen, reason)
