@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from wan.engine.types import Denoising, Progress
 
 RECORD = "run.json"
 STATE = "state.safetensors"
+SLOW_SECONDS = 60.0
+"""Where steps are slow, state is written after this time whatever the step."""
 FORMAT = "1"
 
 
@@ -46,7 +49,9 @@ class Run:
         self.every = every
         self.keep_switch = keep_switch
         self.progress: Progress = progress or Silent()
-        self._due = 0
+        self._due = False
+        self._written = time.monotonic()
+        self._held: dict[int, Tensor] = {}
 
     def begin(self) -> None:
         """Make the folder and write the record. Raises OSError: at this point nothing is lost yet."""
@@ -65,7 +70,7 @@ class Run:
 
     def finished(self, shot: int) -> Tensor | None:
         path = self.latents_path(shot)
-        return read_latents(path)[0] if path.is_file() else None
+        return read_latents(path)[0] if path.is_file() else self._held.get(shot)
 
     def restore(self, run: Denoising) -> None:
         path = self.folder / STATE
@@ -78,6 +83,11 @@ class Run:
                 f"{str(path)!r} holds latents {shape}, this request needs {list(run.latents.shape)}: resume with the "
                 "settings the run was started with"
             )
+        if state["generator"].shape != run.generator.get_state().shape:
+            raise BadRequest(
+                f"{str(path)!r} was written on another device than {run.latents.device.type!r}: continue on the "
+                "one the run was started on (--device)"
+            )
         if int(state["index"]) == run.index:
             run.load(state)
             self.progress.note(f"continuing after step {run.done} of {len(run.steps)}")
@@ -87,14 +97,18 @@ class Run:
             before, after = run.steps[run.done - 1], run.steps[run.done]
             if before.expert != after.expert:
                 self._keep(self.switch_path(run.index), {"latents": run.latents})
-        self._due = self._due or (self.every > 0 and run.done % self.every == 0 and run.done < len(run.steps))
+        if self.every > 0 and run.done < len(run.steps):
+            self._due |= run.done % self.every == 0 or time.monotonic() - self._written > SLOW_SECONDS
         if self._due and resumable:
             self._due = False
             self._keep(self.folder / STATE, run.state())
+            self._written = time.monotonic()
 
     def denoised(self, run: Denoising) -> None:
         if self._keep(self.latents_path(run.index), {"latents": run.latents}):
             (self.folder / STATE).unlink(missing_ok=True)
+        else:
+            self._held[run.index] = run.latents.cpu()  # better than nothing: an encoder that fails can be helped
 
     # -----------------------------------------------------------------------------------------------------------------
 

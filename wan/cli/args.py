@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import keyword
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 from wan.engine.errors import BadRequest
 from wan.engine.options import Option, Spelling, add_arguments
 
-MAKE, CHECKPOINT, RUN, OUTPUT = "what to make", "checkpoint", "how to run", "output"
+MAKE, CHECKPOINT, RUN, OUTPUT, SAFETY = "what to make", "checkpoint", "how to run", "output", "safety"
 
 PROGRAM_DEFAULTS = {"attention": "auto"}
 """What the program chooses where the library keeps to the plain model."""
@@ -39,6 +40,11 @@ class Flag:
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     missing: str = ""
+
+    @property
+    def dest(self) -> str:
+        """Its name in the namespace, where `args.from` could not be written."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
 
 
 def guidance(text: str) -> float | tuple[float, float]:
@@ -66,6 +72,7 @@ FLAGS = (
     Flag("sample_steps", int, "the task's", "solver steps"),
     Flag("sample_shift", float, "the task's", "above 1 spends more of the steps at high noise"),
     Flag("sample_guide_scale", guidance, "the task's", "how strictly to follow the prompt; or LOW,HIGH by expert"),
+    Flag("from", str, None, "repeat a video (.mp4, .png or its .json): all it was made with, but what is spelled here"),
     Flag("ckpt_dir", str, None, "checkpoint folder, or OWNER/NAME on Hugging Face; t2v-demo has its own", CHECKPOINT),
     Flag("offline", None, False, "download nothing: OWNER/NAME must be in the Hugging Face cache", CHECKPOINT),
     Flag("dit", str, None, "transformer file, of two experts the high-noise one; replaces --ckpt_dir's", CHECKPOINT),
@@ -81,6 +88,13 @@ FLAGS = (
     Flag("name", str, None, "the file's name with fields: '{task}_{seed}_{prompt:40}'; docs/FILENAME_GUIDE.md", OUTPUT),
     Flag("fps", int, "the task's", "frames per second of the file", OUTPUT),
     Flag("crf", int, "10", "H.264 quality: 0 is lossless, 51 worst", OUTPUT),
+    Flag("no_metadata", None, False, "keep prompt and settings out of the file, and write no .json beside it", OUTPUT),
+    Flag("no_sidecar", None, False, "write no .json beside the file", OUTPUT),
+    Flag("resume", str, None, "continue an interrupted run: its folder (VIDEO.run) or the video's name", SAFETY),
+    Flag("decode", str, None, "make the video from kept latents (a .safetensors file)", SAFETY),
+    Flag("state_every", int, 5, "keep the state of the run after every N steps; 0 never", SAFETY),
+    Flag("keep_latents", None, False, "keep the latents beside the video, also those at the expert switch", SAFETY),
+    Flag("timeout_s", float, None, "give up after this many seconds; the run can be resumed", SAFETY),
 )
 
 _IMAGE, _EXTEND, _VACE = "image-to-video", "prompt extension", "VACE"
@@ -147,7 +161,7 @@ def build_parser(options: Iterable[Option]) -> Parser:
         description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
     )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in (MAKE, CHECKPOINT, RUN, OUTPUT)}
+    groups = {name: parser.add_argument_group(name) for name in (MAKE, CHECKPOINT, RUN, OUTPUT, SAFETY)}
     for flag in FLAGS:
         _add(groups[flag.group], flag)
     add_arguments(groups[RUN], options)
@@ -200,7 +214,7 @@ def _add(group: argparse._ArgumentGroup, flag: Flag) -> None:
         group.add_argument(f"--{flag.name}", action=Spelling, nargs=0, const=True, help=said)
         return
     group.add_argument(
-        f"--{flag.name}", *flag.aliases, dest=flag.name, action=Spelling, type=flag.kind, help=said.replace("%", "%%"),
+        f"--{flag.name}", *flag.aliases, dest=flag.dest, action=Spelling, type=flag.kind, help=said.replace("%", "%%"),
         choices=flag.choices or None, metavar=None if flag.choices else flag.name.upper(),
     )  # fmt: skip
 

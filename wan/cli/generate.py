@@ -6,19 +6,19 @@ Goes through the public classes exactly as a user's own script would: `wan.WanT2
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import io
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.cli import env
+from wan.cli import env, pipelines
 from wan.cli.report import Notes, Terminal, start_lines
-from wan.engine.errors import BadRequest, GenerationFailed, IncompatibleOptions, OutputError, WanError
+from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
 
 if TYPE_CHECKING:
     import argparse
@@ -35,8 +35,23 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
+class Care:
+    """What is kept while a video is made. `resume` is the folder of a run to continue, `latents` a file to decode."""
+
+    state_every: int = 5
+    keep_latents: bool = False
+    timeout_s: float | None = None
+    metadata: bool = True
+    resume: Path | None = None
+    latents: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A checked command line: what to make, how to run it, where it goes. `plain` is the plan of all defaults."""
+    """A checked command line: what to make, how to run it, where it goes. `plain` is the plan of all defaults.
+
+    `record` is what repeats the video, `notes` are for the user to read before it is made.
+    """
 
     wanted: Wanted
     plan: Plan
@@ -45,6 +60,9 @@ class Job:
     output: Output
     device: str | None
     crf: int | None
+    care: Care = Care()
+    record: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> int:
@@ -81,85 +99,74 @@ def make(job: Job, terminal: Terminal, *, print_plan: bool = False) -> int:
     """Announce, generate, save."""
     for line in start_lines(job.wanted, job.plan, job.hardware):
         terminal.line(line)
+    for line in job.notes:
+        terminal.note(line)
     if print_plan:
         return 0
-    video = generate(job, terminal)
-    terminal.stage("save")
-    save(job, video)
-    terminal.end_stage()
+    path = produce(job, terminal)
     terminal.line(f"times   {terminal.times()}")
-    terminal.line(f"saved   {job.output.path}")
-    print(job.output.path)
+    terminal.line(f"saved   {path}")
+    print(path)
     return 0
+
+
+def produce(job: Job, terminal: Terminal) -> Path:
+    """The finished file. A class or a writer that is not ours gets and gives tensors, as upstream's do."""
+    from wan.cli.production import Production
+
+    pipeline = pipelines.build(job, terminal)
+    if not pipelines.streams(pipeline):
+        video = whole(pipeline, job, terminal)
+        terminal.stage("save")
+        save(job, video)
+        terminal.end_stage()
+        return job.output.path
+    production = Production(job, terminal)
+    try:
+        pipelines.call(pipeline, job, **production.extras())
+        path = production.finish(pipeline)
+    except BaseException as error:
+        raise production.failed(pipeline, error) from error
+    terminal.line(f"ran     {pipeline.report.describe_forwards() or 'no forwards: the latents were there'}")
+    return path
 
 
 def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str, claims: Claims) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
+    from wan.cli import record
     from wan.cli.presets import make_plan, refuse_several_processes
+    from wan.cli.recall import recall
     from wan.cli.request import fetch, resolve
     from wan.engine.hardware import world
     from wan.engine.plan import Plan
 
     refuse_several_processes(registry, world()[1])
+    recalled = recall(args)
     wanted = resolve(args)
     hardware = _hardware(args, world()[2])
     plan = make_plan(args, registry, hardware, default_preset)
     output = _output(args, wanted, claims)
     if not args.print_plan:
         fetch(wanted)
-    return Job(
-        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=hardware, output=output,
-        device=args.device, crf=args.crf,
+    job = Job(
+        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=hardware, output=output, device=args.device,
+        crf=args.crf, care=recalled.care, notes=recalled.notes,
     )  # fmt: skip
+    made = record.build(args, job)
+    return dataclasses.replace(job, record=made, notes=(*job.notes, *recalled.differences(made)))
 
 
-def generate(job: Job, terminal: Terminal) -> Tensor:
-    """The video [3, N, H, W] in -1..1 of the task's class in `wan`, called as upstream's program calls it."""
-    import wan
-    from wan.families import class_name
-
-    wanted, values = job.wanted, plan_values(job.plan)
-    pipeline_class = getattr(wan, class_name(wanted.task))
-    beyond = {
-        "optimizations": (job.plan, _beyond_upstream(job)),
-        "device": (job.device, job.device is not None),
-        "load_format": (wanted.load_format, wanted.load_format != "auto"),
-        "progress": (terminal, False),
-    }
-    noise = {"noise_device": (wanted.noise_device, True)} if wanted.noise_device else {}
-    negative = {"n_prompt": wanted.n_prompt} if wanted.n_prompt else {}
+def whole(pipeline: Any, job: Job, terminal: Terminal) -> Tensor:
+    """The video [3, N, H, W] in -1..1 of a class that takes upstream's arguments alone."""
     try:
-        pipeline = pipeline_class(
-            config=wanted.config,
-            checkpoint_dir=None if wanted.checkpoint is None else str(wanted.checkpoint),
-            device_id=job.hardware.device.index or 0,
-            rank=job.hardware.rank,
-            t5_fsdp=bool(values.get("t5_fsdp")),
-            dit_fsdp=bool(values.get("dit_fsdp")),
-            use_sp=(values.get("ulysses_size") or 1) > 1,
-            t5_cpu=bool(values.get("t5_cpu")),
-            convert_model_dtype=bool(values.get("convert_model_dtype")),
-            **_accepted(pipeline_class, beyond),
-        )
-        video = pipeline.generate(
-            wanted.prompt,
-            size=(wanted.width, wanted.height),
-            frame_num=wanted.num_frames,
-            shift=wanted.shift,
-            sample_solver=wanted.solver,
-            sampling_steps=wanted.steps,
-            guide_scale=wanted.guide_scale,
-            seed=wanted.seed,
-            offload_model=bool(values.get("offload_model")),
-            **negative,
-            **_accepted(pipeline.generate, noise),
-        )
+        video = pipelines.call(pipeline, job)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        raise GenerationFailed(f"out of GPU memory during {terminal.current!r}: {_memory_advice(values)}") from error
+        advice = "try --offload_model True, a smaller --size, fewer --frame_num"
+        raise GenerationFailed(f"out of GPU memory during {terminal.current!r}: {advice}") from error
     if video is None:
-        raise GenerationFailed(f"{pipeline_class.__name__}.generate returned no video")
+        raise GenerationFailed(f"{type(pipeline).__name__}.generate returned no video")
     return video
 
 
@@ -208,32 +215,6 @@ def keep_frames(video: Tensor, path: Path) -> str:
     return "The frames could not be kept anywhere either: no folder tried is writable"
 
 
-def plan_values(plan: Plan) -> dict[str, Any]:
-    """Every option of the plan by name."""
-    return {name: value for optimization in plan.optimizations for name, value in vars(optimization).items()}
-
-
-def _beyond_upstream(job: Job) -> bool:
-    """True when the plan says something that upstream's own arguments cannot."""
-    own = {"t5_fsdp", "dit_fsdp", "ulysses_size", "t5_cpu", "convert_model_dtype", "offload_model", "attention"}
-    plain = plan_values(job.plain)
-    return any(value != plain[name] for name, value in plan_values(job.plan).items() if name not in own)
-
-
-def _accepted(function: Callable[..., Any], extras: Mapping[str, tuple[Any, bool]]) -> dict[str, Any]:
-    """Those of `extras` (name -> value, whether it must arrive) that `function` takes; upstream's classes take none."""
-    parameters = inspect.signature(function).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    passed = {}
-    for name, (value, needed) in extras.items():
-        if (takes_any or name in parameters) and value is not None:
-            passed[name] = value
-        elif needed:
-            what = getattr(function, "__qualname__", str(function))
-            raise IncompatibleOptions(f"{what} does not take {name}={value!r}: leave the flags out that ask for it")
-    return passed
-
-
 def _hardware(args: argparse.Namespace, local_rank: int) -> Hardware:
     import torch
 
@@ -280,10 +261,3 @@ def _output(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Output:
     except OutputError as error:
         raise BadRequest(f"--save_file: {error}") from error
     return output
-
-
-def _memory_advice(values: Mapping[str, Any]) -> str:
-    """What to try next, leaving out what is on already."""
-    savers = ("offload_model", "vae_cpu", "convert_model_dtype")
-    off = [f"--{name}" + " True" * (name == "offload_model") for name in savers if values.get(name) is False]
-    return "try " + ", ".join([*off, "a smaller --size", "fewer --frame_num"])
