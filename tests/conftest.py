@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ def reproducible() -> Iterator[None]:
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the program remembers between runs stays out of the user's cache folder, and out of other test runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +88,24 @@ def tiny_config() -> Any:
     sizes = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "num_heads": 2, "num_layers": 2, "text_len": 32}
     config.update(sizes, param_dtype=torch.float32, t5_dtype=torch.float32, sample_neg_prompt="blurry")
     return config
+
+
+@pytest.fixture(scope="session")
+def write_header() -> Callable[[Path, Mapping[str, Sequence[int]]], Path]:
+    """Writes a safetensors file of any size that takes no room: a header, and a hole where the weights would be."""
+    import json
+    import math
+
+    def write(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows, at = {}, 0
+        for key, shape in shapes.items():
+            rows[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + 2 * math.prod(shape)]}
+            at += 2 * math.prod(shape)
+        header = json.dumps(rows).encode()
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + at)
+        return path
+
+    return write

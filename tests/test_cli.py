@@ -17,7 +17,6 @@ import torch
 
 import wan
 from wan.cli import env, presets
-from wan.cli.checkpoint import detect_task
 from wan.cli.generate import main
 from wan.cli.report import Terminal, clock_time
 from wan.configs import WAN_CONFIGS
@@ -134,79 +133,6 @@ def test_several_processes_are_refused_while_nothing_can_share_the_work(capsys: 
     os.environ["RANK"] = "1"
     assert main(DUMMY) == 2
     assert capsys.readouterr().err == ""
-
-
-# Checkpoint folders --------------------------------------------------------------------------------------------------
-
-
-def checkpoint(folder: Path, fields: dict[str, Any], *experts: str) -> Path:
-    """A folder with every file of a text-to-video checkpoint, all empty but config.json."""
-    for expert in experts or ("",):
-        (folder / expert).mkdir(parents=True, exist_ok=True)
-        (folder / expert / "config.json").write_text(json.dumps(fields))
-        (folder / expert / "diffusion_pytorch_model.safetensors").touch()
-    for name in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
-        (folder / name).touch()
-    (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    return folder
-
-
-TWO = ("high_noise_model", "low_noise_model")
-
-
-@pytest.mark.parametrize(
-    ("fields", "experts", "task"),
-    [
-        ({"model_type": "t2v", "dim": 1536}, (), "t2v-1.3B"),
-        ({"model_type": "t2v", "dim": 5120}, (), "t2v-14B"),
-        ({"model_type": "t2v", "dim": 5120}, TWO, "t2v-A14B"),
-        ({"model_type": "t2v", "dim": WAN_CONFIGS["t2v-demo"].dim}, TWO, "t2v-demo"),
-        ({"model_type": "t2v", "dim": 96}, TWO, "t2v-A14B"),
-        ({"model_type": "i2v", "dim": 5120}, (), "i2v-14B"),
-        ({"model_type": "t2v", "dim": 1536, "_class_name": "VaceWanModel"}, (), "vace-1.3B"),
-    ],
-)
-def test_the_task_is_read_from_the_checkpoint(
-    fields: Any, experts: Any, task: str, tmp_path: Path, capsys: Any
-) -> None:
-    folder = checkpoint(tmp_path / "checkpoint", fields, *experts)
-    assert detect_task(folder, WAN_CONFIGS) == task
-    status = main(["--ckpt_dir", str(folder), "--print_plan", "--device", "cpu"])
-    err = capsys.readouterr().err
-    if task in WAN_CONFIGS:
-        assert status == 0 and f"task    {task} (read from --ckpt_dir)" in err
-    else:
-        assert status == 2 and f"holds {task}, which this version cannot run yet" in err
-
-
-def test_every_missing_file_is_named_with_the_way_to_get_it(tmp_path: Path, capsys: Any) -> None:
-    folder = checkpoint(tmp_path / "Wan2.2-T2V-A14B", {"model_type": "t2v", "dim": 5120}, *TWO)
-    (folder / "Wan2.1_VAE.pth").unlink()
-    (folder / "low_noise_model" / "diffusion_pytorch_model.safetensors").unlink()
-    index = {"weight_map": {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}}
-    (folder / "high_noise_model" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    assert main(["--ckpt_dir", str(folder)]) == 2
-    err = capsys.readouterr().err
-    for name in ("Wan2.1_VAE.pth", "low_noise_model/diffusion_pytorch_model.safetensors", "model-00001-of-00002"):
-        assert name in err
-    assert "hf download Wan-AI/Wan2.2-T2V-A14B" in err
-
-
-def test_a_folder_of_another_task_says_which(tmp_path: Path, capsys: Any) -> None:
-    folder = checkpoint(tmp_path / "checkpoint", {"model_type": "t2v", "dim": 1536})
-    assert main(["--task", "t2v-A14B", "--ckpt_dir", str(folder)]) == 2
-    assert "holds t2v-1.3B, not t2v-A14B: pass --task t2v-1.3B" in capsys.readouterr().err
-    assert main(["--ckpt_dir", str(tmp_path / "checkpiont")]) == 2
-    assert "did you mean" in capsys.readouterr().err
-    folder = checkpoint(tmp_path / "animated", {"model_type": "i2v", "dim": 5120})
-    assert main(["--task", "t2v-14B", "--ckpt_dir", str(folder)]) == 2
-    assert "holds i2v-14B, not t2v-14B" in capsys.readouterr().err
-
-
-def test_a_folder_in_diffusers_layout_is_told_apart(tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    assert main(["--task", "t2v-1.3B", "--ckpt_dir", str(tmp_path)]) == 2
-    assert "is in diffusers' layout" in capsys.readouterr().err
 
 
 # What is called ------------------------------------------------------------------------------------------------------
