@@ -483,13 +483,11 @@ def test_a_video_from_a_repository_by_name_in_a_process_of_its_own(hub: Hub, roo
     hub.drop_after[expert] = [2 * MIB]
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     argv = [sys.executable, str(root / "generate.py"), "--ckpt_dir", NAME, "--device", "cpu", "--seed", "3"]
-    argv += ["--sample_steps", "2", "--frame_num", "5", "--save_file", "a.mp4"]
-    runs = [subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-            for words in (argv, [*argv[:-1], "b.mp4", "--offline"])]  # fmt: skip
-    assert [run.returncode for run in runs] == [0, 0], [run.stderr for run in runs]
-    assert f"t2v-demo (read from --ckpt_dir) from {NAME}" in runs[0].stderr
+    argv += ["--sample_steps", "1", "--frame_num", "1", "--save_file", "a.png"]
+    run = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert f"t2v-demo (read from --ckpt_dir) from {NAME}" in run.stderr and run.stdout == "a.png\n"
     assert len(hub.ranges(expert)) == 2 and "README.md" not in hub.fetched()
-    assert Path("a.mp4").is_file() and Path("b.mp4").is_file()
 
 
 def test_progress_tells_how_much_how_fast_how_long(caplog: pytest.LogCaptureFixture) -> None:
