@@ -352,7 +352,7 @@ def test_a_file_that_is_named_is_replaced_by_the_new_video_alone(
         return verify_video(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr("wan.video.verify_video", damaged)
+        patch.setattr("wan.video.encoder.verify_video", damaged)
         assert main([*SMALL, "--save_file", "clip.mp4"]) == 3
     assert old.read_bytes() == b"the old video" and len(tried) > 1
     assert main([*SMALL, "--save_file", "clip.mp4"]) == 0
