@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from wan.cli.args import FLAGS, Flag, guidance
 from wan.cli.presets import chosen_here
 from wan.conditioning.geometry import frames_for, parse_size
 from wan.engine.errors import BadRequest
+from wan.engine.hardware import world
 from wan.engine.optimizations import registry
 from wan.engine.options import Option, check_value, options_of
+from wan.engine.plan import Optimization
 
 PIXELS = (
     "task", "prompt", "n_prompt", "size", "frame_num", "base_seed", "noise_device", "sample_solver", "sample_steps",
@@ -55,7 +58,7 @@ def apply(args: argparse.Namespace, record: Mapping[str, Any], *, source: str, s
     values = {name: _restored(known[name], flags[name], source) for name in known if name in flags}
     skipped = {*_unwanted_files(args, values), *_frames(args, values, source, strict)}
     if args.preset is not None and not _preset(args, record, source, strict):
-        skipped |= {o.name for o in _options()}
+        skipped |= set(_options())
         different.append(f"--preset {args.preset} instead of the options it was made with")
     args.preset = args.preset or "none"
     if args.base_seed is not None and args.base_seed < 0 and strict:
@@ -111,15 +114,17 @@ def require_same_weights(record: Mapping[str, Any], now: Mapping[str, Any], *, s
 # Filling ------------------------------------------------------------------------------------------------------------
 
 
-def _options() -> Iterator[Option]:
-    for kind in registry():
-        yield from options_of(kind)
+@cache
+def _options() -> dict[str, tuple[Option, type[Optimization]]]:
+    """Name -> option and the optimisation that declares it."""
+    return {o.name: (o, kind) for kind in registry() for o in options_of(kind)}
 
 
 def _replayed() -> dict[str, Flag | Option]:
     """Every flag a record may fill."""
     named = {*PIXELS, *FILES, *OTHERS}
-    return {flag.dest: flag for flag in FLAGS if flag.name in named} | {o.name: o for o in _options()}
+    options = {name: option for name, (option, _) in _options().items()}
+    return {flag.dest: flag for flag in FLAGS if flag.name in named} | options
 
 
 def _restored(declared: Flag | Option, value: Any, source: str) -> Any:
@@ -183,12 +188,9 @@ def _needed(args: argparse.Namespace, name: str, value: Any) -> bool:
         return bool(value != here and (value != "cuda" or _has_cuda()))
     if name == "any_size":
         return bool(value)
-    option = next((o for o in _options() if o.name == name), None)
-    if option is None:
+    if name not in _options():
         return True
-    from wan.engine.hardware import world
-
-    return bool(value != chosen_here([name], world()[1]).get(name, (option.default, ""))[0])
+    return bool(value != chosen_here([name], world()[1]).get(name, (_options()[name][0].default, ""))[0])
 
 
 def _present(name: str, value: Any, source: str) -> Any:
@@ -255,7 +257,7 @@ def _pair(scale: Any) -> tuple[Any, ...]:
 
 def _changes_bits(name: str) -> bool:
     """Whether another value of an option may give other bits."""
-    return any(kind.grade != "bitwise" for kind in registry() if any(o.name == name for o in options_of(kind)))
+    return name in _options() and _options()[name][1].grade != "bitwise"
 
 
 def _contradiction(said: str, name: str, value: Any, source: str) -> BadRequest:
