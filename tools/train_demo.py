@@ -1,8 +1,8 @@
 """Trains the model in demo/ from nothing: VAE, DiT with its text encoder, the two experts, then measures it.
 
-    python tools/train_demo.py all --work runs/demo        every stage, about 100 minutes on 2 cores with AMX
+    python tools/train_demo.py all --work runs/demo        every stage, about 3 hours on 2 cores with AMX
     python tools/train_demo.py evaluate --folder demo      measure the shipped weights again
-    python tools/train_demo.py resume --folder demo        train the shipped weights further: base, then new experts
+    python tools/train_demo.py resume --folder demo        train the shipped experts further, and measure the result
     python tools/train_demo.py all --smoke --work /tmp/x   every stage for a few seconds, to see that it runs
 
 Stages are scheduled by wall clock, so a slower machine gives a weaker model, not a longer run; `--scale 2` doubles
@@ -44,43 +44,35 @@ def train_vae(work: Path, scale: float, smoke: bool) -> None:
     torch.save(fold_normalization(torch.load(work / "vae_sharp.pt", weights_only=True), videos), work / "vae.pt")
 
 
-def train_base(work: Path, scale: float, smoke: bool, start: Path | None = None) -> None:
-    """One DiT for all noise levels, together with the text encoder, at constant rates, from `start` or from nothing."""
+def train_base(work: Path, scale: float, smoke: bool) -> None:
+    """One DiT for all noise levels, together with the text encoder, at constant rates."""
     from demo import parallel
     from demo.dit_train import DitTraining, train_dit
 
     config = DitTraining(seconds=1857 * scale)
     if smoke:
         config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
-    parallel.launch(train_dit, 2, config, work / "vae.pt", work / "base.pt", start)
+    parallel.launch(train_dit, 2, config, work / "vae.pt", work / "base.pt")
 
 
-def train_experts(work: Path, scale: float, smoke: bool) -> None:
-    """Each expert from the base on its own noise levels, rates falling to zero; one process each, side by side."""
-    import torch.multiprocessing as mp
-    from demo.dit_train import BOUNDARY, DitTraining
+def train_experts(work: Path, scale: float, smoke: bool, resume: bool = False) -> None:
+    """Each expert on its own noise levels, from the base or from where it stands, rates falling to zero at the end.
 
-    config = DitTraining(seconds=1496 * scale, first_clips=900, clips_per_step=0.5, decay_from=0.25, freeze_text=True)
-    if smoke:
-        config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
-    runs = {
-        "high": replace(config, low=BOUNDARY, high=1.0, seed=6),
-        "low": replace(config, low=0.0, high=BOUNDARY, seed=7),
-    }
-    workers = [mp.get_context("spawn").Process(target=_expert, args=(run, work, name)) for name, run in runs.items()]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-        if worker.exitcode:
-            raise SystemExit(f"an expert's training ended with status {worker.exitcode}")
-
-
-def _expert(config: object, work: Path, name: str) -> None:
+    The high-noise expert takes most of the time: it alone decides where the object goes, and it learns that last.
+    """
     from demo import parallel
-    from demo.dit_train import train_dit
+    from demo.dit_train import BOUNDARY, DitTraining, train_dit
 
-    parallel.launch(train_dit, 1, config, work / "vae.pt", work / f"{name}.pt", work / "base.pt")
+    common = DitTraining(first_clips=300, clips_per_step=0.4, average=0.999, freeze_text=True)
+    runs = {
+        "high": replace(common, seconds=4400 * scale, decay_from=0.7, low=BOUNDARY, high=1.0, seed=6),
+        "low": replace(common, seconds=1300 * scale, decay_from=0.2, low=0.0, high=BOUNDARY, seed=7),
+    }
+    for name, config in runs.items():
+        if smoke:
+            config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
+        start = work / (f"{name}.pt" if resume else "base.pt")
+        parallel.launch(train_dit, 2, config, work / "vae.pt", work / f"{name}.pt", start)
 
 
 def export(work: Path, folder: Path) -> None:
@@ -116,9 +108,9 @@ def main() -> None:
     if args.stage == "resume":
         from demo.export import read_back
 
-        read_back(folder, args.work / "vae.pt", args.work / "base.pt")
-        train_base(args.work, args.scale, args.smoke, args.work / "base.pt")
-        stages, folder = ("experts", "export", "evaluate"), args.work / "demo"
+        read_back(folder, args.work)
+        train_experts(args.work, args.scale, args.smoke, resume=True)
+        stages, folder = ("export", "evaluate"), args.work / "demo"
     for stage in stages:
         if stage == "vae":
             train_vae(args.work, args.scale, args.smoke)

@@ -30,14 +30,17 @@ def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
     text.write_tokenizer(folder / "google" / "umt5-xxl")
 
 
-def read_back(folder: Path, vae_file: Path, base_file: Path) -> None:
-    """The inverse of `export`, to train on: the VAE, and the mean of both experts as a base for all noise levels."""
-    experts = [load_file(folder / f"{name}_noise_model" / "diffusion_pytorch_model.safetensors") for name in EXPERTS]
-    mean = {name: (value.float() + experts[1][name].float()) / 2 for name, value in experts[0].items()}
-    words = torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True)
-    torch.save({"dit": mean, "text": {name: value.float() for name, value in words.items()}, "steps": 0}, base_file)
-    vae = torch.load(folder / "Wan2.1_VAE.pth", weights_only=True)
-    torch.save({name: value.float() for name, value in vae.items()}, vae_file)
+def read_back(folder: Path, work: Path) -> None:
+    """The inverse of `export`, to train on: vae.pt, high.pt and low.pt in `work`."""
+
+    def widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in state.items()}
+
+    words = widened(torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True))
+    for name in EXPERTS:
+        dit = load_file(folder / f"{name}_noise_model" / "diffusion_pytorch_model.safetensors")
+        torch.save({"dit": widened(dit), "text": words, "steps": 0}, work / f"{name}.pt")
+    torch.save(widened(torch.load(folder / "Wan2.1_VAE.pth", weights_only=True)), work / "vae.pt")
 
 
 def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
