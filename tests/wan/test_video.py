@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
 import imageio_ffmpeg
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from wan import video
 from wan.engine.errors import BadRequest, MissingPackage, OutputError
-from wan.video import Output, TensorSink, VideoSink, default_file_name, open_sink, safe_name, verify_video
+from wan.video import (
+    Output,
+    PngSink,
+    TensorSink,
+    VideoSink,
+    default_file_name,
+    open_sink,
+    read_metadata,
+    safe_name,
+    verify_video,
+)
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 
@@ -145,8 +159,6 @@ def test_an_exception_leaves_no_file_and_keeps_the_old_one(tmp_path: Path) -> No
 
 
 def test_single_frame_becomes_an_exact_png(tmp_path: Path) -> None:
-    from PIL import Image
-
     path = tmp_path / "frame.png"
     levels = torch.arange(48).view(1, 1, 6, 8).expand(3, 1, 6, 8) * 5
     with open_sink(Output(path)) as sink:
@@ -195,6 +207,214 @@ def test_test_encode_refuses_what_cannot_be_saved(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1 << 20))
     with pytest.raises(OutputError, match="1 MiB free and the video may need"):
         video.test_encode(Output(tmp_path / "clip.mp4"), height=720, width=1280, num_frames=81)
+
+
+# Text in files ------------------------------------------------------------------------------------------------------
+
+PROMPT = (
+    "A \"cat\"; #1 = \\ and 'dogs'\r\nsecond line, [STREAM]\n;Stream #0:0: Video: x, 9x9, 9 fps 猫 🎬\t"
+    + "long " * 16_000
+)
+TEXTS = [
+    {"title": PROMPT, "comment": json.dumps({"prompt": PROMPT, "seed": 7}, ensure_ascii=False)},
+    {"title": "a cat", "wan_settings": PROMPT},
+    {"comment": "=", "title": "  spaces kept  "},
+]
+
+
+@pytest.mark.parametrize("metadata", TEXTS, ids=["known names", "own names", "short"])
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".png"])
+def test_text_comes_back_as_it_was(tmp_path: Path, suffix: str, metadata: dict[str, str]) -> None:
+    output = Output(tmp_path / f"clip{suffix}", metadata=metadata)
+    with open_sink(output) as sink:
+        sink.write(moving(1 if output.is_image else 3))
+    assert read_metadata(output.path) == metadata
+    if not output.is_image:
+        assert verify_video(output.path) == (3, 64, 48, 16)
+    assert os.listdir(tmp_path) == [output.path.name]
+
+
+def test_known_names_stand_where_other_programs_look(tmp_path: Path) -> None:
+    """In the old form of .mp4 (moov/udta/meta/ilst) the comment is called (c)cmt; in the new one by its whole name."""
+    for name in ("comment", "wan"):
+        with open_sink(Output(tmp_path / "clip.mp4", metadata={name: "hello"})) as sink:
+            sink.write(moving(2))
+        data = (tmp_path / "clip.mp4").read_bytes()
+        assert (b"\xa9cmt" in data) == (name == "comment")
+        assert b"hello" in data
+
+
+def test_without_metadata_there_is_none_and_nul_is_left_out(tmp_path: Path) -> None:
+    for name in ("clip.mp4", "frame.png", "frame.jpg"):
+        for metadata, found in (({}, {}), ({"title": "a\0b"}, {} if name == "frame.jpg" else {"title": "ab"})):
+            output = Output(tmp_path / name, metadata=metadata)
+            with open_sink(output) as sink:
+                sink.write(moving(1))
+            assert read_metadata(output.path) == found
+
+
+@pytest.mark.parametrize("name", ["Title", "two words", "", "a=b", "é"])
+def test_names_that_no_format_keeps_are_refused(name: str) -> None:
+    with pytest.raises(BadRequest, match="small letters"):
+        Output(Path("clip.mp4"), metadata={name: "x"})
+
+
+@pytest.mark.parametrize("name", ["absent.mp4", "absent.png", "text.mp4", "text.png"])
+def test_files_that_cannot_be_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    if name.startswith("text"):
+        (tmp_path / name).write_text("hello")
+    with pytest.raises(BadRequest, match=f"{name}' cannot be read"):
+        read_metadata(tmp_path / name)
+
+
+def test_lost_text_is_a_warning_and_never_costs_the_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forgetful = executable(
+        tmp_path / "ffmpeg", f'exec {FFMPEG} $(echo "$@" | sed s/-map_metadata.1/-map_metadata\\ -1/)'
+    )
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(forgetful))
+    with open_sink(Output(tmp_path / "clip.mkv", metadata={"title": "cat", "comment": "dog"})) as sink:
+        sink.write(moving(2))
+    assert verify_video(tmp_path / "clip.mkv").frames == 2
+    assert "clip.mkv does not carry its comment, title" in caplog.text
+
+
+# What can go wrong --------------------------------------------------------------------------------------------------
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def failure(output: Output, chunks: int = 50) -> str:
+    """The message of a sink that must fail; it says one thing once, in one line that can be continued."""
+    with pytest.raises(OutputError) as caught, open_sink(output) as sink:
+        for _ in range(chunks):
+            sink.write(moving(9))
+    message = str(caught.value)
+    assert str(output.path) in message and "\n" not in message
+    assert not message.endswith((".", ";")) and message.count("could not write") == 1
+    assert message.count("--save_file") <= 1
+    return message
+
+
+def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:
+    """/dev/full takes no byte: ffmpeg itself meets the error, and what it wrote to is removed."""
+    (tmp_path / "clip.mp4.part").symlink_to("/dev/full")
+    message = failure(Output(tmp_path / "clip.mp4"))
+    assert "the disk is full (" in message and "No space left on device" in message
+    assert f"MiB are free in '{tmp_path}'); make room or choose another --save_file" in message
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_is_found_at_the_next_frames_and_not_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    for sink in (VideoSink(Output(tmp_path / "clip.mp4")), PngSink(tmp_path / "clip_frames")):
+        sink.write(moving(9))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=300 << 10))
+            with pytest.raises(OutputError, match=r"the disk is full \(at frame 10, 0\.3 MiB are free in .*make room"):
+                sink.write(moving(9))
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_encoder_is_named_as_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(executable(tmp_path / "ffmpeg", "kill -9 $$")))
+    assert re.search(
+        r"ended by signal 9 \(Killed\) after \d+ frames; if memory", failure(Output(tmp_path / "clip.mp4"))
+    )
+    assert os.listdir(tmp_path) == ["ffmpeg"]
+
+
+def test_an_encoder_that_dies_after_the_last_frame_is_an_error_at_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(executable(tmp_path / "ffmpeg", "cat > /dev/null; exit 7")))
+    sink = VideoSink(Output(tmp_path / "clip.mp4"))
+    sink.write(moving(3))
+    with pytest.raises(OutputError, match="ffmpeg ended with status 7, after 3 frames; .*IMAGEIO_FFMPEG_EXE"):
+        sink.close()
+    sink.restart()  # and the frames may come again, elsewhere
+
+
+def test_an_ffmpeg_that_vanished_is_an_output_error_with_the_frames_to_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "gone"))
+        assert "ffmpeg does not start" in failure(Output(tmp_path / "clip.mp4"))
+
+    def absent() -> str:
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", absent)
+    assert "pip install imageio-ffmpeg" in failure(Output(tmp_path / "clip.mp4"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_every_failure_leaves_nothing_in_the_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    output = Output(tmp_path / "clip.mp4", metadata=TEXTS[2])
+    with open_sink(output) as sink:
+        sink.write(moving(2))
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "gone"))
+    failure(output)
+    assert os.listdir(tmp_path) == ["clip.mp4"]
+
+
+# Frames as PNG ------------------------------------------------------------------------------------------------------
+
+
+def test_png_frames_are_the_pixels_a_video_is_made_of(tmp_path: Path) -> None:
+    frames = moving(5)
+    sink = PngSink(tmp_path / "clip_frames", metadata={"comment": PROMPT})
+    for chunk in frames.split(2, dim=1):
+        sink.write(chunk)
+        assert os.listdir(tmp_path) == ["clip_frames.part"]  # the name is for what is complete
+    sink.close()
+    assert os.listdir(tmp_path) == ["clip_frames"] == [sink.folder.name]
+    names = sorted(os.listdir(sink.folder))
+    assert names == [f"{number:06d}.png" for number in range(1, 6)]
+    for name, pixels in zip(names, video.to_pixels(frames), strict=True):
+        with Image.open(sink.folder / name) as image:
+            assert image.tobytes() == pixels.numpy().tobytes()
+    assert read_metadata(sink.folder / names[4]) == {"comment": PROMPT}
+
+
+def test_png_frames_of_before_are_never_overwritten_but_unfinished_ones_go(tmp_path: Path) -> None:
+    (tmp_path / "clip_frames.part").mkdir()
+    (tmp_path / "clip_frames.part" / "000009.png").write_bytes(b"of a run that was killed")
+    for expected in ("clip_frames", "clip_frames_2", "clip_frames_3"):
+        with PngSink(tmp_path / "clip_frames") as sink:
+            sink.write(moving(2))
+        assert sink.folder == tmp_path / expected
+        assert len(os.listdir(sink.folder)) == 2
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_png_frames_restart_and_leave_nothing_after_a_failure(tmp_path: Path) -> None:
+    sink = PngSink(tmp_path / "clip_frames")
+    sink.write(moving(5))
+    sink.restart()
+    assert os.listdir(tmp_path) == []
+    sink.write(moving(2))
+    (sink.part / "000002.png").write_bytes(b"damaged")
+    with pytest.raises(OutputError, match=r"clip_frames.*frame 2 cannot be read back"):
+        sink.close()
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(OutputError, match="no frame was decoded"):
+        sink.close()
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"clip_frames.*Not a directory; choose another --save_file"):
+        PngSink(tmp_path / "file" / "clip_frames").write(moving(1))
 
 
 def test_missing_folder_is_an_error_with_path_reason_and_remedy(tmp_path: Path) -> None:

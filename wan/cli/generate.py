@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.cli import env, pipelines
-from wan.cli.report import Notes, Terminal, start_lines
+from wan.cli import env, memory, pipelines
+from wan.cli.report import Notes, Terminal, end_lines, start_lines
+from wan.cli.signals import Stopped, stoppable
 from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Care:
     keep_latents: bool = False
     timeout_s: float | None = None
     metadata: bool = True
+    sidecar: bool = True
+    sidecar: bool = True
     resume: Path | None = None
     latents: Path | None = None
 
@@ -70,11 +73,14 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> 
     env.prepare()
     terminal = Terminal(io.StringIO() if env.rank() else None)
     try:
-        with Notes(terminal):
+        with stoppable(), Notes(terminal):
             return run(sys.argv[1:] if argv is None else argv, terminal, default_preset)
     except WanError as error:
         terminal.failed(str(error))
         return error.exit_code
+    except Stopped as stop:
+        terminal.line(str(stop))
+        return stop.exit_code
     except KeyboardInterrupt:
         terminal.line("interrupted")
         return INTERRUPTED
@@ -123,11 +129,12 @@ def produce(job: Job, terminal: Terminal) -> Path:
         return job.output.path
     production = Production(job, terminal)
     try:
-        pipelines.call(pipeline, job, **production.extras())
+        pipelines.call(pipeline, job, **production.extras(pipeline))
         path = production.finish(pipeline)
     except BaseException as error:
         raise production.failed(pipeline, error) from error
-    terminal.line(f"ran     {pipeline.report.describe_forwards() or 'no forwards: the latents were there'}")
+    for line in end_lines(pipeline.report, memory.peak_bytes(job.hardware.device), job.hardware):
+        terminal.line(line)
     return path
 
 
@@ -209,8 +216,8 @@ def keep_frames(video: Tensor, path: Path) -> str:
             kept.unlink(missing_ok=True)
             continue
         return (
-            f"All {len(pixels)} frames are kept in {str(kept)!r} (torch.load gives uint8 [N, H, W, 3]): free space or "
-            "choose another --save_file, then write them with wan.video.VideoSink.write_pixels"
+            f"All {len(pixels)} frames are kept in {str(kept)!r} (torch.load gives uint8 [N, H, W, 3]); "
+            "write them with wan.video.VideoSink.write_pixels"
         )
     return "The frames could not be kept anywhere either: no folder tried is writable"
 

@@ -69,7 +69,7 @@ def ffmpeg_exe() -> str:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:
         raise MissingPackage(
-            f"no ffmpeg to write video with ({error}): pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to one."
+            f"no ffmpeg to write video with ({error}): pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to one"
         ) from error
 
 
