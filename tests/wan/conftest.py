@@ -36,7 +36,7 @@ def networks() -> Networks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for name in ("high", "low"):
-            made[name] = WanModel(dim=256, ffn_dim=96, freq_dim=32, text_dim=32, num_heads=2, num_layers=2, text_len=32)
+            made[name] = WanModel(dim=384, ffn_dim=96, freq_dim=32, text_dim=32, num_heads=3, num_layers=2, text_len=32)
             nn.init.normal_(made[name].head.head.weight, std=0.1)  # type: ignore[union-attr,arg-type]
         made["text_encoder"] = T5Encoder(400, 32, 32, 48, num_heads=2, num_layers=2, num_buckets=8, shared_pos=False)
         made["vae"] = WanVAEModel(VAEConfig(encoder_dim=8, decoder_dim=8, num_res_blocks=1))
@@ -45,7 +45,7 @@ def networks() -> Networks:
 
 @pytest.fixture
 def layout_config(tiny_config: Any) -> Any:
-    tiny_config.update(dim=256, ffn_dim=96, freq_dim=32, num_heads=2, num_layers=2, text_len=32)
+    tiny_config.update(dim=384, ffn_dim=96, freq_dim=32, num_heads=3, num_layers=2, text_len=32)
     return tiny_config
 
 

@@ -33,7 +33,7 @@ def broken(state: State, fault: str) -> State:
     elif fault == "unknown":
         state["blocks.0.ffn.2.lora_up"] = torch.zeros(1)
     elif fault == "misshaped":
-        state["blocks.1.ffn.2.weight"] = torch.zeros(256, 7)
+        state["blocks.1.ffn.2.weight"] = torch.zeros(384, 7)
     elif fault == "no last block":
         state = {key: value for key, value in state.items() if not key.startswith("blocks.1.")}
     return state
@@ -44,7 +44,7 @@ def broken(state: State, fault: str) -> State:
     [
         ("missing", r"1 missing \(model\.diffusion_model\.blocks\.1\.ffn\.2\.weight\)"),
         ("unknown", r"1 unexpected \(model\.diffusion_model\.blocks\.0\.ffn\.2\.lora_up\)"),
-        ("misshaped", r"1 of the wrong shape \(\S*\.blocks\.1\.ffn\.2\.weight is \[256, 7\], not \[256, 96\]\)"),
+        ("misshaped", r"1 of the wrong shape \(\S*\.blocks\.1\.ffn\.2\.weight is \[384, 7\], not \[384, 96\]\)"),
         ("no last block", r"num_layers = 2 but the weights have 1"),
     ],
 )  # fmt: skip
@@ -168,7 +168,7 @@ def test_a_transformer_for_another_kind_of_task_is_refused(
     from wan.modules.model import WanModel
 
     folder = layouts("original")
-    WanModel(dim=256, ffn_dim=96, freq_dim=32, text_dim=32, num_heads=2, num_layers=2, in_dim=36).save_pretrained(
+    WanModel(dim=384, ffn_dim=96, freq_dim=32, text_dim=32, num_heads=3, num_layers=2, in_dim=36).save_pretrained(
         folder / "high_noise_model"
     )
     with pytest.raises(BadCheckpoint, match=r"high_noise_model/.* is a transformer for i2v; .* needs one for t2v"):
