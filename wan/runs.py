@@ -2,18 +2,25 @@
 
 All of it lives in one folder beside the video and goes when the video has been verified. Whatever ends the program,
 `kill -9` included, leaves a folder that `--resume` continues from; every file in it appears whole or not at all.
+One process at a time works in a folder.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
+import sys
+import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wan.engine.errors import BadRequest
@@ -22,17 +29,19 @@ from wan.engine.types import Denoising, Progress
 
 RECORD = "run.json"
 STATE = "state.safetensors"
+LOCK = "lock"
 SLOW_SECONDS = 60.0
 """Where steps are slow, state is written after this time whatever the step."""
 FORMAT = "1"
+_BEGIN_AGAIN = "if a run's folder holds it, remove it there and --resume begins again"
 
 
 class Run:
     """The folder of one generation, and the `Keeper` the engine talks to.
 
     `record` is what the video was asked for (JSON), kept beside state and latents. State is written after every
-    `every` steps (0: never), `keep_switch` also keeps the latents that one expert hands to the next. A disk that
-    cannot take a file costs a note, not the video.
+    `every` steps (0: never) and by `interrupted`, `keep_switch` also keeps the latents that one expert hands to the
+    next. A disk that cannot take a file costs a note, not the video.
     """
 
     def __init__(
@@ -49,13 +58,20 @@ class Run:
         self.every = every
         self.keep_switch = keep_switch
         self.progress: Progress = progress or Silent()
+        self._lock = Lock(self.folder / LOCK)
         self._due = False
         self._written = time.monotonic()
+        self._last: dict[str, Tensor] | None = None
         self._held: dict[int, Tensor] = {}
+        self._refuge: Path | None = None
 
     def begin(self) -> None:
-        """Make the folder and write the record. Raises OSError: at this point nothing is lost yet."""
+        """Make the folder, take it for this process and write the record. Nothing is lost yet when this fails.
+
+        Raises OSError, and BadRequest where another process works in it.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
         write_whole(self.folder / RECORD, json.dumps(self.record, indent=1, ensure_ascii=False).encode())
 
     def latents_path(self, shot: int = 0) -> Path:
@@ -65,6 +81,11 @@ class Run:
     def switch_path(self, shot: int = 0) -> Path:
         """Where the latents at the change of experts are kept."""
         return self.folder / f"switch-{shot}.safetensors"
+
+    def safe_latents(self) -> Path | None:
+        """Where the latents of the first shot are: in the folder, or where else there was room. None if nowhere."""
+        places = (self.latents_path(), self._refuge)
+        return next((path for path in places if path is not None and path.is_file()), None)
 
     # What the engine asks -------------------------------------------------------------------------------------------
 
@@ -77,11 +98,12 @@ class Run:
         if not path.is_file():
             return
         state = read_tensors(path)[0]
-        if "latents" not in state or state["latents"].shape != run.latents.shape:
-            shape = list(state["latents"].shape) if "latents" in state else "none"
+        if not {"latents", "done", "index", "generator"} <= state.keys():
+            raise BadRequest(f"{str(path)!r} holds no state of a run; {_BEGIN_AGAIN}")
+        if state["latents"].shape != run.latents.shape:
             raise BadRequest(
-                f"{str(path)!r} holds latents {shape}, this request needs {list(run.latents.shape)}: resume with the "
-                "settings the run was started with"
+                f"{str(path)!r} holds latents {list(state['latents'].shape)}, this request needs "
+                f"{list(run.latents.shape)}: resume with the settings the run was started with"
             )
         if state["generator"].shape != run.generator.get_state().shape:
             raise BadRequest(
@@ -99,27 +121,60 @@ class Run:
                 self._keep(self.switch_path(run.index), {"latents": run.latents})
         if self.every > 0 and run.done < len(run.steps):
             self._due |= run.done % self.every == 0 or time.monotonic() - self._written > SLOW_SECONDS
+            self._last = run.state() if resumable else self._last
         if self._due and resumable:
             self._due = False
-            self._keep(self.folder / STATE, run.state())
-            self._written = time.monotonic()
+            self._keep_state()
 
     def denoised(self, run: Denoising) -> None:
+        self._last = None
         if self._keep(self.latents_path(run.index), {"latents": run.latents}):
             (self.folder / STATE).unlink(missing_ok=True)
-        else:
-            self._held[run.index] = run.latents.cpu()  # better than nothing: an encoder that fails can be helped
+            return
+        self._held[run.index] = run.latents.cpu()
+        if run.index == 0:  # on another disk there may be room: an encoder that fails as well can then be helped
+            refuge = Path(tempfile.gettempdir()) / f"{self.folder.stem}-{os.getpid()}.latents.safetensors"
+            self._refuge = refuge if self._keep(refuge, {"latents": run.latents}) else None
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def interrupted(self) -> bool:
+        """Write the state of the last step and let other processes have the folder. True if more than the record is
+        kept."""
+        if self._last is not None:
+            self._keep_state()
+        self.release()
+        return holds_work(self.folder) or self.safe_latents() is not None
+
     def close(self, keep_latents: Path | None = None) -> None:
-        """The video is safe: remove the folder, first moving the latents to `keep_latents` (and a name like it)."""
+        """The video is safe: remove the folder, first moving the latents to `keep_latents` (and a name like it).
+
+        Raises OSError where they cannot be moved: then they stay.
+        """
         if keep_latents is not None:
             for shot, path in enumerate(sorted(self.folder.glob("latents-*.safetensors"))):
                 os.replace(path, _numbered(keep_latents, shot))
             for shot, path in enumerate(sorted(self.folder.glob("switch-*.safetensors"))):
                 os.replace(path, _numbered(keep_latents.with_name(f"switch-{keep_latents.name}"), shot))
+            if self._refuge is not None:
+                shutil.move(self._refuge, keep_latents)
+        if self._refuge is not None:
+            self._refuge.unlink(missing_ok=True)
+        if sys.platform == "win32":  # where an open file cannot be removed
+            self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let another process work in the folder."""
+        self._lock.release()
+
+    def _keep_state(self) -> None:
+        state, self._last = self._last, None
+        # On a GPU broken latents are noticed one step late: what holds them is nothing to go on from.
+        if state is not None and bool(torch.isfinite(state["latents"]).all()):
+            self._keep(self.folder / STATE, state)
+        self._written = time.monotonic()
 
     def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> bool:
         from safetensors import SafetensorError
@@ -130,6 +185,53 @@ class Run:
             self.progress.note(f"could not write {str(path)!r} ({error}); going on without it")
             return False
         return True
+
+
+class Lock:
+    """A file that one process holds. The system lets go of it when the process ends, so that none is ever stale."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+
+    def take(self) -> None:
+        """Raises BadRequest naming the process that has it. A disk that knows no locks is trusted."""
+        if self._file is not None:
+            return
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(file)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                holder = os.read(file, 32).decode("ascii", "replace").strip()
+                os.close(file)
+                raise BadRequest(
+                    f"another process ({holder or 'unknown'}) is at work in {str(self.path.parent)!r}: wait for it or "
+                    "stop it, or choose another --save_file"
+                ) from error
+        self._file = file
+        os.ftruncate(file, 0)
+        os.write(file, f"{os.getpid()}\n".encode())
+
+    def release(self) -> None:
+        """The file stays: removing it would let two processes hold two files of one name."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _lock(file: int) -> None:
+    """Raises OSError at once where another process holds the lock."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(file, 1 << 20, os.SEEK_SET)  # beyond what is read: Windows keeps others from reading what is locked
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Latents:
@@ -150,23 +252,22 @@ class Latents:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file that appears under its name only when it is complete and on the disk."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    part = path.with_name(f"{path.name}.part")
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(held, part, metadata={"format": FORMAT, **metadata})
-        _replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    # Through our own file: the library's are readable by their owner alone.
+    write_whole(path, save(held, metadata={"format": FORMAT, "crc32": _checksum(held), **metadata}))
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """A file that appears under its name only when it is complete and on the disk."""
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    _replace(part, path)
+    try:
+        part.write_bytes(content)
+        _replace(part, path)
+    except BaseException:
+        _remove(part)
+        raise
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -175,9 +276,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise BadRequest(f"{str(path)!r} cannot be read as latents or state ({error})") from error
+        raise BadRequest(f"{str(path)!r} cannot be read as latents or state ({error}); {_BEGIN_AGAIN}") from error
+    if metadata.get("crc32", _checksum(tensors)) != _checksum(tensors):
+        raise BadRequest(f"{str(path)!r} is damaged: its checksum is another; {_BEGIN_AGAIN}")
+    return tensors, metadata
 
 
 def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -187,7 +292,17 @@ def read_latents(path: Path) -> tuple[Tensor, dict[str, Any]]:
     if latents is None or latents.ndim != 5 or "generator" in tensors:
         held = ", ".join(tensors) or "nothing"
         raise BadRequest(f"{str(path)!r} does not hold finished latents (it holds {held}): pass a latents file")
-    return latents, json.loads(metadata.get("record", "{}"))
+    if not bool(torch.isfinite(latents).all()):
+        raise BadRequest(f"{str(path)!r} holds NaN or infinity: nothing can be decoded from it, make the video again")
+    try:
+        return latents, dict(json.loads(metadata.get("record", "{}")))
+    except (ValueError, TypeError) as error:
+        raise BadRequest(f"{str(path)!r}: the record in it is damaged ({error}); pass another file") from error
+
+
+def holds_work(folder: Path) -> bool:
+    """True where a folder keeps more of a run than its record."""
+    return any(Path(folder).glob("*.safetensors"))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -208,6 +323,20 @@ def _replace(part: Path, path: Path) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Of names and values; disks and cables do flip bits, and nobody sees one in a video that is hours away."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return f"{total:08x}"
+
+
+def _remove(part: Path) -> None:
+    """Remove what was not completed; that it cannot be is no news where it could not be written."""
+    with contextlib.suppress(OSError):
+        part.unlink(missing_ok=True)
 
 
 def _numbered(path: Path, shot: int) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,18 +148,20 @@ def test_full_disk_costs_a_note_and_not_the_video(
     run.begin()
     monkeypatch.setattr("wan.runs.write_tensors", refuse)
     assert torch.equal(make(keeper=run), straight)
-    assert len(notes) == 4 and all("No space left" in note for note in notes)
+    assert all("No space left" in note for note in notes)
+    written = [Path(note.split("'")[1]).name for note in notes]
+    assert written[:4] == ["state.safetensors"] * 3 + ["latents-0.safetensors"]
+    assert len(written) == 5 and Path(notes[4].split("'")[1]).parent == Path(tempfile.gettempdir())
 
 
 def test_file_in_the_making_never_replaces_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "state.safetensors"
     write_tensors(path, {"latents": torch.ones(1, 1, 1, 1, 1)}, {})
 
-    def torn(tensors: Any, part: Path, metadata: Any) -> None:
-        part.write_bytes(b"half")
+    def torn(file: int) -> None:
         raise OSError("torn")
 
-    monkeypatch.setattr("safetensors.torch.save_file", torn)
+    monkeypatch.setattr("os.fsync", torn)
     with pytest.raises(OSError, match="torn"):
         write_tensors(path, {"latents": torch.zeros(1, 1, 1, 1, 1)}, {})
     assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.accounting import Report
+from wan.engine.errors import NonFinite
 from wan.engine.types import Progress, Shot, Sink, Tiling
 
 # Latent pixels decoded at a time: small videos go in one piece, which is several times faster on a CPU; at 480p it
@@ -92,7 +93,7 @@ class Decode:
             options = {} if attempt.tiling is None else {"tiling": attempt.tiling}
             start = 0
             for chunk in cast("Decoder", vae).decode_chunks(latents, frames_per_chunk=per_chunk, **options):
-                frames = chunk[0].float().clamp_(-1, 1)
+                frames = _finite(chunk[0].float(), start).clamp_(-1, 1)
                 frames, start = trimmed(frames, start, self.shot.trim), start + frames.shape[1]
                 if frames.shape[1]:
                     self.sink.write(frames)
@@ -103,7 +104,17 @@ class Decode:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """True for a device's and for the CPU allocator's refusal."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    refused = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return refused or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def _finite(frames: Tensor, start: int) -> Tensor:
+    """`frames`, from number `start` of the shot on. Raises NonFinite for what would look like a picture if clamped."""
+    if not bool(torch.isfinite(frames).all()):
+        raise NonFinite(
+            f"the VAE's frames from {start + 1} on hold NaN or infinity, its latents do not: likely a damaged VAE file"
+        )
+    return frames
 
 
 def free_memory() -> None:
