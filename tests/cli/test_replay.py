@@ -17,7 +17,7 @@ from wan.cli import record
 from wan.cli.args import FLAGS, parse
 from wan.cli.generate import Job
 from wan.cli.presets import make_plan
-from wan.cli.replay import FILES, OTHERS, PIXELS, apply, changed_weights, differences, require_same_weights
+from wan.cli.replay import FILES, OTHERS, PIXELS, apply, changed_weights, differences, require_same_start
 from wan.cli.request import Wanted, resolve
 from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadRequest
@@ -290,11 +290,11 @@ def test_run_goes_on_with_the_weights_it_began_with_only() -> None:
     moved = {
         "weights": {"vae": {"file": "/b/vae.pth", "hash": "sha256:1"}, "dit": {"file": "/a/x", "hash": "sha256:9"}}
     }
-    require_same_weights(made, moved, source="--resume 'clip.run'")
+    require_same_start(made, moved, source="--resume 'clip.run'")
     other = {"weights": {"vae": {"file": "/b/vae.pth", "hash": "sha256:2"}}}
     assert changed_weights(made, other) == ["vae"]
     with pytest.raises(BadRequest, match=r"--resume 'clip.run' was begun with other weights of vae than '/b/vae.pth'"):
-        require_same_weights(made, other, source="--resume 'clip.run'")
+        require_same_start(made, other, source="--resume 'clip.run'")
 
 
 # Records that are not ours -------------------------------------------------------------------------------------------

@@ -10,16 +10,18 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import datetime
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wan
 from wan.cli import fingerprints, memory
-from wan.cli.replay import apply, differences, require_same_weights
+from wan.cli.replay import apply, changed_weights, differences, require_same_start
+from wan.cli.report import pace
 from wan.engine.errors import BadRequest, WanError
 from wan.runs import RECORD, write_whole
 
@@ -32,14 +34,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMAT",
+    "Tags",
     "apply",
     "build",
+    "changed_weights",
     "complete",
     "differences",
-    "embedded",
     "peak_bytes",
     "read",
-    "require_same_weights",
+    "require_same_start",
     "sidecar_path",
     "write_sidecar",
 ]
@@ -93,9 +96,29 @@ def complete(
     return {**record, "result": result}
 
 
-def embedded(record: Mapping[str, Any]) -> dict[str, str]:
-    """The tags that carry `record` inside a video or image; players show the title."""
-    return {"title": record["flags"]["prompt"], "comment": json.dumps(record, ensure_ascii=False)}
+class Tags(Mapping[str, str]):
+    """What carries a record inside a video or image: players show the title, the comment is the record as JSON.
+
+    `record` is asked once, when a writer takes the texts: with the first frame, so that a denoise that is over can be
+    told of. What comes later stands in the sidecar alone.
+    """
+
+    def __init__(self, record: Callable[[], Mapping[str, Any]]) -> None:
+        self._record = record
+
+    @cached_property
+    def _texts(self) -> dict[str, str]:
+        record = self._record()
+        return {"title": record["flags"]["prompt"], "comment": json.dumps(record, ensure_ascii=False)}
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("title", "comment"))
+
+    def __len__(self) -> int:
+        return 2
 
 
 def peak_bytes(hardware: Hardware) -> int | None:
@@ -218,13 +241,12 @@ def _sound(value: Any) -> Any:
 
 
 def _experts(report: Report) -> dict[str, Any]:
-    """Seconds, steps and pace of each expert. The first step also warms up: it does not count where there are more."""
+    """Seconds, steps and pace of each expert."""
     result: dict[str, Any] = {}
     for expert, seconds in report.step_seconds.items():
-        steady = seconds[1:] or seconds
         result[f"{expert}_s"] = round(sum(seconds), 3)
         result[f"{expert}_steps"] = len(seconds)
-        result[f"{expert}_s_per_step"] = round(sum(steady) / len(steady), 4)
+        result[f"{expert}_s_per_step"] = round(pace(seconds), 4)
     return result
 
 

@@ -102,8 +102,12 @@ def changed_weights(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return [part for part, taken in then.items() if taken and here.get(part) not in (None, taken)]
 
 
-def require_same_weights(record: Mapping[str, Any], now: Mapping[str, Any], *, source: str) -> None:
-    """Raise BadRequest where a run would go on with other weights than it began with."""
+def require_same_start(record: Mapping[str, Any], now: Mapping[str, Any], *, source: str) -> None:
+    """Raise BadRequest where a run cannot go on here, or would with other weights than it began with."""
+    for then, value in _changed_in("flags", record, now, ("noise_device",)).values():
+        raise BadRequest(
+            f"{source} draws its noise on {then}, here it would be {value}: continue where there is {then}"
+        )
     for part in changed_weights(record, now):
         raise BadRequest(
             f"{source} was begun with other weights of {part} than {now['weights'][part]['file']!r} holds now: "

@@ -5,14 +5,16 @@ All of it goes to standard error; standard output carries the path of the result
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
     from wan.cli.request import Wanted
+    from wan.engine.accounting import Report
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Plan
     from wan.engine.types import Step
@@ -45,13 +47,12 @@ class Terminal:
         if step.index == 0:
             self._steps = []
         self._steps.append(seconds)
-        pace = self._pace()
-        text = f"  step {done}/{step.count}  {pace:.2f} s/it  ETA {clock_time(pace * (step.count - done))}"
+        each = pace(self._steps)
+        text = f"  step {done}/{step.count}  {each:.2f} s/it  ETA {clock_time(each * (step.count - done))}"
         if step.expert != "dit":
             text += f"  ({step.expert} noise)"
         if self.live:
-            self.stream.write(f"\r{text:<70}")
-            self.stream.flush()
+            self._write(f"\r{text:<70}")
             self._open_line = True
         elif done * LINES_IN_A_LOG // step.count > (done - 1) * LINES_IN_A_LOG // step.count:
             self._line(text)
@@ -83,16 +84,16 @@ class Terminal:
         parts = [f"{name} {seconds:.1f} s" for name, seconds in total.items()]
         return ", ".join(parts) + f"; {sum(total.values()):.1f} s in all"
 
-    def _pace(self) -> float:
-        """Seconds per step, without the first one when there are others: it also warms up."""
-        steady = self._steps[1:] or self._steps
-        return sum(steady) / len(steady)
-
     def _line(self, text: str) -> None:
         lead = "\n" if self._open_line else ""
         self._open_line = False
-        self.stream.write(f"{lead}{text}\n")
-        self.stream.flush()
+        self._write(f"{lead}{text}\n")
+
+    def _write(self, text: str) -> None:
+        """A terminal that has gone, or a log on a full disk, must not cost the video."""
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()
 
     def failed(self, text: str) -> None:
         """The one line of an error."""
@@ -147,6 +148,25 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
         f"seed {wanted.seed} ({why['seed']})",
         f"run     on {hardware}; {plan.describe()}",
     ]
+
+
+def end_lines(report: Report, peak_bytes: int | None, hardware: Hardware) -> list[str]:
+    """What the run did: forwards, pace and memory. A count that is not the planned one never comes so far."""
+    forwards = report.describe_forwards()
+    lines = [f"ran     forwards {forwards}, as planned" if forwards else "ran     no forward: the latents were there"]
+    experts = [
+        f"{name} {len(seconds)} steps in {sum(seconds):.1f} s, {pace(seconds):.2f} s/step"
+        for name, seconds in report.step_seconds.items()
+    ]
+    lines += [f"pace    {'; '.join(experts)}"] if experts else []
+    where = "allocated on the GPU" if hardware.is_cuda else "of RAM in use"
+    return lines + ([f"memory  at most {peak_bytes / 2**30:.2f} GiB {where}"] if peak_bytes is not None else [])
+
+
+def pace(seconds: Sequence[float]) -> float:
+    """Seconds per step, without the first one when there are others: it also warms up."""
+    steady = seconds[1:] or seconds
+    return sum(steady) / len(steady)
 
 
 def _source(wanted: Wanted) -> str:
