@@ -143,7 +143,7 @@ EXAMPLES = """examples:
   python generate.py --task t2v-A14B --size 720p --duration 5 --ckpt_dir ./Wan2.2-T2V-A14B --seed 42 --prompt "..."
 
 exit status: 0 made and saved, 2 cannot be done as asked, 3 made but not saved as asked, 4 failed while generating,
-130 interrupted"""
+130 interrupted (Ctrl-C), 143 ended by SIGTERM, 129 by SIGHUP; what was kept and how to go on is told"""
 
 
 class Parser(argparse.ArgumentParser):

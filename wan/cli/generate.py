@@ -44,7 +44,6 @@ class Care:
     timeout_s: float | None = None
     metadata: bool = True
     sidecar: bool = True
-    sidecar: bool = True
     resume: Path | None = None
     latents: Path | None = None
 
@@ -142,7 +141,7 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
     from wan.cli import record
     from wan.cli.presets import make_plan, refuse_several_processes
-    from wan.cli.recall import recall
+    from wan.cli.recall import recall, refuse_to_replace
     from wan.cli.request import fetch, resolve
     from wan.engine.hardware import world
     from wan.engine.plan import Plan
@@ -153,6 +152,7 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     hardware = _hardware(args, world()[2])
     plan = make_plan(args, registry, hardware, default_preset)
     output = _output(args, wanted, claims)
+    refuse_to_replace(output.path, recalled.care)
     if not args.print_plan:
         fetch(wanted)
     job = Job(

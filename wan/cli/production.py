@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import pipelines, record
 from wan.cli.naming import run_folder
+from wan.cli.signals import held
 from wan.engine.decoding import is_out_of_memory
-from wan.engine.errors import GenerationFailed, OutputError, WanError
-from wan.runs import Latents, Run, read_latents
+from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
+from wan.runs import Latents, Run, holds_work, read_latents
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from wan.cli.generate import Job
     from wan.cli.report import Terminal
     from wan.engine.types import Keeper, Sink, Step
+    from wan.video import VideoInfo
 
 
 class Production:
@@ -35,6 +37,9 @@ class Production:
         self.job = job
         self.terminal = terminal
         self.path = job.output.path
+        self.saved = False
+        """True once the video has its name."""
+        self._pipeline: Any = None
         care = job.care
         self.run = Run(
             care.resume or run_folder(self.path), job.record, every=care.state_every, keep_switch=care.keep_latents,
@@ -43,57 +48,77 @@ class Production:
         self.keeper: Keeper = self.run if care.latents is None else Latents(read_latents(care.latents)[0])
         self.sink = self._sink()
         self._end = None if care.timeout_s is None else time.monotonic() + care.timeout_s
-        try:
-            self.run.begin()
-        except OSError as error:
-            raise OutputError(
-                f"--save_file: cannot write {str(self.run.folder)!r} ({error}); choose another"
-            ) from error
+        self._begin()
 
-    def extras(self) -> dict[str, Any]:
-        """What `generate` gets beyond upstream's arguments."""
+    def extras(self, pipeline: Any) -> dict[str, Any]:
+        """What `pipeline.generate` gets beyond upstream's arguments."""
+        self._pipeline = pipeline
         timed = _Timed(self.sink, self._check_time) if self._end is not None else self.sink
         return {"sink": timed, "keeper": self.keeper, "observe": (lambda step, latents: self._check_time(step),)}
 
     def finish(self, pipeline: Any) -> Path:
-        """Complete and verify the file, write the sidecar, drop what was kept. Raises OutputError after a rescue."""
+        """Complete, verify and name the file, write the sidecar, drop what was kept. Raises OutputError."""
         self.terminal.stage("save")
-        try:
-            self.sink.close()
-        except OutputError as error:
-            raise self._rescued(pipeline, error) from error
-        self.terminal.end_stage()
-        if self.job.care.metadata:
-            self._write_sidecar(pipeline)
-        kept = self.path.with_name(f"{self.path.stem}.latents.safetensors")
-        self.run.close(kept if self.job.care.keep_latents else None)
+        self.sink.finish()
+        with held(answer=True):
+            self.sink.rename()
+            self.saved = True
+            self.terminal.end_stage()
+            if self.job.care.metadata and self.job.care.sidecar:
+                self._write_sidecar()
+            self._drop()
         return self.path
 
     def failed(self, pipeline: Any, error: BaseException) -> BaseException:
         """Clean up and return what to raise, with the way to go on in its message."""
-        self.sink.restart()
-        if isinstance(error, OutputError):
-            return self._rescued(pipeline, error)
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            error = GenerationFailed(f"out of memory during {self.terminal.current!r}: {self._memory_advice()}")
-        if not self._worth_keeping():
-            self.run.close()
+        if self.saved:
+            self.terminal.line(f"saved   {self.path}")
             return error
-        go_on = f"continue with --resume {str(self.run.folder)!r}"
+        if isinstance(error, OutputError):
+            failure = self._complete(error) or self._rescued(pipeline, error)
+            self.run.release()
+            return failure
+        with held(answer=False):
+            self.sink.restart()
+            more_than_record = self.run.interrupted()
+            if is_out_of_memory(error):
+                error = GenerationFailed(f"out of memory during {self.terminal.current!r}: {self._memory_advice()}")
+            go_on = self._way_on(more_than_record)
+            if not more_than_record:
+                self.run.close()
         if isinstance(error, GenerationFailed):
-            return type(error)(f"{error}; {go_on}")
-        self.terminal.line(f"kept    {self.run.folder}: {go_on}")
+            return type(error)("; ".join(filter(None, (str(error), go_on))))
+        if go_on:
+            self.terminal.line(f"kept    {self.job.care.latents or self.run.folder}: {go_on}")
         return error
 
     # -----------------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        try:
+            self.run.begin()
+        except OSError as error:
+            if not holds_work(self.run.folder):
+                self.run.close()
+            self.run.release()
+            folder = str(self.run.folder)
+            raise BadRequest(f"--save_file: cannot write {folder!r} ({error}); choose another") from error
 
     def _sink(self) -> Any:
         from wan.video import open_sink
 
         output = self.job.output
         if self.job.care.metadata:
-            output = dataclasses.replace(output, metadata=record.embedded(self.job.record))
+            output = dataclasses.replace(output, metadata=record.Tags(self._record))
         return open_sink(output)
+
+    def _complete(self, error: OutputError) -> OutputError | None:
+        """What to raise where the video is complete and only its name could not be given."""
+        if not self.sink.part.is_file():
+            return None
+        latents = self.run.safe_latents()
+        kept = f"; its latents are in {str(latents)!r}" if latents and self.job.care.latents is None else ""
+        return OutputError(f"{error}{kept}")
 
     def _rescued(self, pipeline: Any, error: OutputError) -> OutputError:
         """The file could not be written: decode again into PNG frames, and say where they and the latents are."""
@@ -101,33 +126,54 @@ class Production:
 
         self.sink.restart()
         frames = PngSink(self.path.with_name(f"{self.path.stem}_frames"))
-        latents = self.run.latents_path() if self.job.care.latents is None else self.job.care.latents
-        again = f"make the file from {str(latents)!r} with --decode" if latents.is_file() else ""
+        latents = self.job.care.latents or self.run.safe_latents()
+        again = f"make the file from {str(latents)!r} with --decode" if latents else ""
         self.terminal.note(f"{error}; saving the frames as PNG")
         try:
             pipelines.call(pipeline, self.job, sink=frames, keeper=self.keeper)
             frames.close()
-        except (WanError, OSError, RuntimeError) as second:
-            frames.restart()
+        except (WanError, OSError, RuntimeError, KeyboardInterrupt) as second:
+            with held(answer=False):
+                frames.restart()
             kept = again or "nothing could be kept, as no file can be written here"
-            return OutputError(f"{error}, nor its frames as PNG ({second}); {kept}")
+            return OutputError(f"{error}, nor its frames as PNG ({second or 'interrupted'}); {kept}")
         return OutputError("; ".join(filter(None, (f"{error}. All frames are in {str(frames.folder)!r}", again))))
 
-    def _worth_keeping(self) -> bool:
-        return self.job.care.latents is None and any(self.run.folder.glob("*.safetensors"))
+    def _way_on(self, more_than_record: bool) -> str:
+        """How the user continues from what is kept; "" where nothing is."""
+        latents = self.job.care.latents or self.run.safe_latents()
+        if latents is not None and (self.job.care.latents or latents.parent != self.run.folder):
+            return f"continue with --decode {str(latents)!r}"
+        return f"continue with --resume {str(self.run.folder)!r}" if more_than_record else ""
+
+    def _drop(self) -> None:
+        """The video is safe: what was kept on the way goes, or stays under its name."""
+        kept = self.path.with_name(f"{self.path.stem}.latents.safetensors")
+        try:
+            self.run.close(kept if self.job.care.keep_latents else None)
+        except OSError as error:
+            self.run.release()
+            self.terminal.note(f"the video is saved, its latents stay in {str(self.run.folder)!r} ({error})")
 
     def _check_time(self, step: Step | None = None) -> None:
         if self._end is not None and time.monotonic() > self._end:
             where = f"step {step.index + 1} of {step.count}" if step else "decoding"
             raise GenerationFailed(f"--timeout_s {self.job.care.timeout_s:g}: the time was up at {where}")
 
-    def _write_sidecar(self, pipeline: Any) -> None:
-        report = getattr(pipeline, "report", None)
-        complete = record.complete(
-            self.job.record, report=report, stages=self.terminal.stages, peak_bytes=record.peak_bytes(self.job.hardware)
-        )
+    def _record(self, frames: VideoInfo | None = None) -> dict[str, Any]:
+        """What the video was made by, and how that has gone so far."""
+        return record.complete(
+            self.job.record, report=getattr(self._pipeline, "report", None), stages=self.terminal.stages,
+            peak_bytes=record.peak_bytes(self.job.hardware), frames=frames,
+        )  # fmt: skip
+
+    def _write_sidecar(self) -> None:
+        from wan.video import VideoInfo
+
+        wanted = self.job.wanted
+        found = VideoInfo(self.sink.frames, wanted.width, wanted.height, float(wanted.fps))
         try:
-            record.write_sidecar(complete, record.sidecar_path(self.path))
+            record.write_sidecar(self._record(found), record.sidecar_path(self.path))
         except OSError as error:
             self.terminal.note(f"the video is saved, its sidecar is not ({error})")
 
