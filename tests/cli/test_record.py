@@ -172,6 +172,15 @@ def test_video_without_metadata_is_known_by_its_sidecar_and_with_it_by_the_newer
         assert record.read(video) == made
 
 
+@pytest.mark.parametrize("name", ["still.jpg", "still.webp"])
+def test_image_that_carries_no_text_is_known_by_its_sidecar(tmp_path: Path, name: str) -> None:
+    made = record_of(DUMMY)
+    with open_sink(Output(tmp_path / name, metadata=record.Tags(lambda: made))) as sink:
+        sink.write(torch.zeros(3, 1, 32, 32))
+    record.write_sidecar(made, record.sidecar_path(tmp_path / name))
+    assert record.read(tmp_path / name) == made
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

@@ -248,6 +248,25 @@ def test_preset_a_run_was_started_with_may_be_spelled_again() -> None:
     assert different == [] and job_from(args).plan.values() == made["plan"]
 
 
+@pytest.mark.parametrize(
+    ("recorded", "argv", "has_cuda", "filled_in"),
+    [
+        ("cpu", ["--device", "cpu"], False, None),
+        ("cpu", [], True, "cpu"),
+        ("cuda", [], True, None),
+        ("cuda", ["--device", "cpu"], True, "cuda"),
+        ("cuda", [], False, None),
+        ("cuda", ["--noise_device", "cpu"], True, "cpu"),
+    ],
+)
+def test_noise_comes_from_where_it_came_if_that_is_here(
+    recorded: str, argv: list[str], has_cuda: bool, filled_in: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = with_flags(record_of(DUMMY), noise_device=recorded)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    assert filled(made, argv)[0].noise_device == filled_in
+
+
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +314,14 @@ def test_run_goes_on_with_the_weights_it_began_with_only() -> None:
     assert changed_weights(made, other) == ["vae"]
     with pytest.raises(BadRequest, match=r"--resume 'clip.run' was begun with other weights of vae than '/b/vae.pth'"):
         require_same_start(made, other, source="--resume 'clip.run'")
+
+
+def test_run_goes_on_only_where_its_noise_comes_from() -> None:
+    now = record_of(DUMMY)
+    with pytest.raises(
+        BadRequest, match=r"--resume 'clip.run' draws its noise on cuda, here it would be cpu: continue"
+    ):
+        require_same_start(with_flags(now, noise_device="cuda"), now, source="--resume 'clip.run'")
 
 
 # Records that are not ours -------------------------------------------------------------------------------------------
