@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "wan.pipeline",
         "wan.video",
         "wan.runs",
+        "wan.embeddings",
         "wan.resources",
     ),
 }

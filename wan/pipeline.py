@@ -22,7 +22,7 @@ from wan.engine.monitor import Silent
 from wan.engine.optimizations import registry
 from wan.engine.plan import Plan
 from wan.engine.sampling.solvers import SOLVERS
-from wan.engine.types import Keeper, Progress, Request, Sink, Step
+from wan.engine.types import Embeddings, Keeper, Progress, Request, Sink, Step
 from wan.families import family_of
 from wan.layouts import CheckpointFiles
 from wan.modules.t5 import T5EncoderModel
@@ -56,7 +56,8 @@ class WanPipeline:
     Arguments are upstream's (2.1's and 2.2's, in their positional order); `use_usp` is 2.1's name of `use_sp`.
     Keyword-only additions: `optimizations` (a whole `Plan`) or options by name (`use_batched_cfg=True`,
     `vae_cpu=True`), `device` (default: `cuda:{device_id}`, or the CPU where there is no CUDA), `load_format`
-    ("auto", or "dummy" for random weights of the real sizes), `files` (in place of what the folder holds), `progress`.
+    ("auto", or "dummy" for random weights of the real sizes), `files` (in place of what the folder holds), `progress`,
+    `embeddings` (a `wan.embeddings.EmbeddingCache`; default: texts are encoded every time).
     Networks load at first use; the files' headers are read here. Raises BadCheckpoint and IncompatibleOptions.
     """
 
@@ -79,6 +80,7 @@ class WanPipeline:
         load_format: str = "auto",
         files: CheckpointFiles | None = None,
         progress: Progress | None = None,
+        embeddings: Embeddings | None = None,
         **options: Any,
     ) -> None:
         _refuse_parallel(t5_fsdp=t5_fsdp, dit_fsdp=dit_fsdp, use_sp=bool(use_sp or use_usp))
@@ -104,9 +106,8 @@ class WanPipeline:
             dummy_components(config) if load_format == "dummy" else Checkpoint(folder, config, files).components()
         )
         self.engine: Engine = build_engine(components, plan, hardware)
-        self.report = Report()
-        """What the last `run` did and took."""
         self.engine.progress = self.progress
+        self.engine.embeddings = embeddings
 
     def run(
         self,
@@ -115,25 +116,26 @@ class WanPipeline:
         sink: Sink | None = None,
         keeper: Keeper | None = None,
         observe: tuple[Callable[[Step, Tensor], None], ...] = (),
+        done: Callable[[], None] | None = None,
         group: Group | None = None,
         **options: Any,
     ) -> Tensor | None:
         """Make one video; `options` override per-call options of the plan for this call.
 
         Returns float32 [3, N, H, W] in -1..1 on the device, or None when `sink` took the frames. `observe` callbacks
-        get (step, latents [1, C, T, H, W]) after every step; `keeper` keeps state and latents (`wan.runs.Run`).
+        get (step, latents [1, C, T, H, W]) after every step; `keeper` keeps state and latents (`wan.runs.Run`); `done`
+        is called when `sink` has all frames.
         With `group` nothing is made yet: the request joins those that `run_group` makes together.
         """
         check_request(request, self.config)
         target = sink or TensorSink()
         job = Job(
             family=family_of(request.task), config=self.config, request=request, sink=target, progress=self.progress,
-            observe=observe, keeper=keeper, report=Report(),
+            observe=observe, keeper=keeper, done=done, report=Report(),
         )  # fmt: skip
         if group is not None:
             group.add(job, options)
             return None
-        self.report = job.report
         self.engine.run(job, options)
         if not isinstance(target, TensorSink):
             return None
@@ -143,6 +145,11 @@ class WanPipeline:
     def run_group(self, group: Group) -> list[Exception | None]:
         """Make all videos of `group`, each expert's part of all before the next expert's; why each one failed."""
         return self.engine.run_group(group.jobs, group.options)
+
+    @property
+    def report(self) -> Report:
+        """What the last run did and took; inside a group, of the video at work."""
+        return self.engine.report
 
     # Upstream's attributes -----------------------------------------------------------------------------------------
 
@@ -222,6 +229,7 @@ class WanPipeline:
     def text_encoder(self, value: T5EncoderModel) -> None:
         value.model.tokenizer = value.tokenizer  # type: ignore[assignment]
         self.engine.placement.set("text_encoder", value.model)
+        self.engine.embeddings = None  # what is kept was made by the encoder of the checkpoint
 
 
 def check_request(request: Request, config: Any) -> None:

@@ -32,6 +32,7 @@ from wan.engine.types import (
     Component,
     Denoiser,
     Denoising,
+    Embeddings,
     Encoders,
     Family,
     Keeper,
@@ -62,6 +63,8 @@ class Job:
     progress: Progress
     observe: tuple[Observer, ...] = ()
     keeper: Keeper | None = None
+    done: Callable[[], None] | None = None
+    """Called when the last frames are in the sink, before other jobs of a group decode theirs."""
     report: Report = field(default_factory=Report)
     """Filled by the run."""
 
@@ -92,6 +95,9 @@ class Engine:
         self.device = hardware.device
         self.placement = placement
         self.progress: Progress = Silent()
+        self.report = Report()
+        """Of the job that is being worked on, or was last."""
+        self.embeddings: Embeddings | None = None
         self.expert_names = tuple(c.name for c in components if c.is_expert)
         self.kernels: dict[str, str] = {}
         """Expert -> its attention backend, where an optimisation chose one."""
@@ -162,13 +168,13 @@ class Engine:
         self._begin(self._plan_for_call(overrides or {}))
         ongoing = [_Ongoing(job) for job in jobs]
         with torch.inference_mode():
-            while active := [each for each in ongoing if self._guarded(self._next_shot, each)]:
+            active = [each for each in ongoing if self._guarded(self._next_shot, each)]
+            while active:
                 for each in active:
                     self._guarded(self._prepare, each)
                 while waiting := [each for each in active if each.segments()]:
                     self._denoise_expert(waiting)
-                for each in active:
-                    self._guarded(self._finish_shot, each)
+                active = [each for each in active if self._guarded(self._finish_shot, each)]
         return [each.failure for each in ongoing]
 
     # Inside --------------------------------------------------------------------------------------------------------
@@ -243,7 +249,7 @@ class Engine:
         """`act(each)`, unless the job failed before; what it raises is kept, so that the rest of a group goes on."""
         if each.failure is not None:
             return False
-        self.progress = each.job.progress
+        self.progress, self.report = each.job.progress, each.job.report
         try:
             return act(each) is not False
         except Exception as failure:  # whatever it is, the others of the group must not suffer from it
@@ -251,7 +257,10 @@ class Engine:
             return False
 
     def _next_shot(self, each: _Ongoing) -> bool:
+        """Whether there is another shot. Without one the job is done."""
         each.shot = each.job.family.next_shot(each.job.request, each.job.config, each.index, each.carry)
+        if each.shot is None and each.job.done is not None:
+            each.job.done()
         return each.shot is not None
 
     def _prepare(self, each: _Ongoing) -> None:
@@ -263,7 +272,10 @@ class Engine:
             each.latents = each.latents.to(self.device)
             return
         request = job.request
-        encoders = Encoders(use=self._encoder, device=self.device, config=job.config)
+        encoders = Encoders(
+            use=self._encoder, where=self.placement.device_of, device=self.device, config=job.config,
+            embeddings=self.embeddings,
+        )  # fmt: skip
         branches = job.family.branches(request, shot, encoders)
         steps = job.family.schedule(request, job.config)
         generator = torch.Generator(device=request.noise_device or self.device)
@@ -313,7 +325,7 @@ class Engine:
             run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
             monitor.flush()
 
-    def _finish_shot(self, each: _Ongoing) -> None:
+    def _finish_shot(self, each: _Ongoing) -> bool:
         job, latents = each.job, each.latents
         if latents is None:
             assert each.run is not None and each.forwards is not None
@@ -327,7 +339,8 @@ class Engine:
         )  # fmt: skip
         carry = decode.run(self._tiling)
         each.carry = None if carry is None else carry.to(self.device)
-        each.run, each.index = None, each.index + 1
+        each.run, each.latents, each.index = None, None, each.index + 1
+        return self._next_shot(each)
 
     @contextmanager
     def _seams(self, dit: nn.Module, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:

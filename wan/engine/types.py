@@ -290,13 +290,26 @@ class Layout:
 Coefficients = Callable[[Step], dict[str, float]]
 
 
+class Embeddings(Protocol):
+    """Text embeddings [S, D] computed before; `how` is what beside text and weights decides their bits."""
+
+    def get(self, text: str, how: Mapping[str, Any]) -> Tensor | None: ...
+
+    def put(self, text: str, how: Mapping[str, Any], states: Tensor) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """What `Family.branches` may ask for: `use(name)` is a context that yields the network where it computes."""
+    """What `Family.branches` may ask for: `use(name)` is a context that yields the network where it computes.
+
+    `where(name)` is the device it computes on, known without loading it.
+    """
 
     use: Callable[[str], Any]
+    where: Callable[[str], torch.device]
     device: torch.device
     config: Any
+    embeddings: Embeddings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from wan.conditioning.text import encode_prompts, pad_context
+from wan.conditioning.text import embed
 from wan.configs import WAN_CONFIGS
 from wan.engine.sampling.guidance import cfg
 from wan.engine.sampling.schedule import flow_steps
 from wan.engine.types import Coefficients, Condition, Encoders, Family, Request, Shot, Step
-from wan.modules.t5 import encode_texts
 
 
 def text_branches(request: Request, shot: Shot, encoders: Encoders) -> dict[str, Condition]:
     """Unconditional and conditional branch; they differ in the text alone."""
-    with encoders.use("text_encoder") as encoder:
-        encode = partial(encode_texts, encoder, encoder.tokenizer)
-        prompts = [request.negative_prompt, request.prompt]
-        texts = encode_prompts(encode, prompts, next(encoder.parameters()).device)
-    context = pad_context(texts, encoders.config.text_len).to(encoders.device, non_blocking=True)
+    context = embed(encoders, [request.negative_prompt, request.prompt])
     return {"uncond": Condition(context=context[:1]), "cond": Condition(context=context[1:])}
 
 
