@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wan.modules.vae import LATENT_MEAN, LATENT_STD
+from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
 
 
 def transformer_config(sizes: Any) -> dict[str, Any]:

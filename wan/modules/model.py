@@ -376,7 +376,8 @@ def build_dit(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] |
     for key, value in sizes.items():
         if key in given and (tuple(given[key]) if isinstance(value, tuple) else given[key]) != value:
             raise BadCheckpoint(
-                f"the configuration says {key} = {given[key]!r} but the weights have {value!r}; they do not belong together"
+                f"the configuration says {key} = {given[key]!r} but the weights have {value!r}; they do not belong "
+                "together"
             )
     arguments = given | sizes
     if "num_heads" not in arguments and "dim" in arguments:

@@ -98,7 +98,7 @@ def _fill(places: Mapping[str, Entry], tensors: Iterable[tuple[str, Tensor]]) ->
             if place.path not in files:
                 files[place.path] = stack.enter_context(place.path.open("r+b"))
             files[place.path].seek(place.offset)
-            files[place.path].write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            files[place.path].write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
             missing.remove(key)
     if missing:
         raise BadCheckpoint(f"no tensor came for {sorted(missing)[0]!r}: the file that held it has changed")
