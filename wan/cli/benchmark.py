@@ -93,15 +93,15 @@ def run(words: Sequence[str]) -> int:
 
     own, rest = build_parser().parse_known_args(words)
     args = parse(rest, options(registry()))
-    if args.task is None and args.ckpt_dir is None:
+    if args.task is None and args.ckpt_dir is None and args.dit is None:
         args.task = "t2v-demo"
     if args.base_seed is None:
         args.base_seed = 42
     if own.num_runs < 1 or own.warmup < 0:
         raise BadRequest(f"--num_runs {own.num_runs} --warmup {own.warmup}: at least one timed run is needed")
     wanted = resolve(args)
-    if own.compare and (wanted.checkpoint is None or wanted.solver != "unipc"):
-        given = "--load_format dummy" if wanted.checkpoint is None else f"--sample_solver {wanted.solver}"
+    if own.compare and (wanted.load_format == "dummy" or wanted.solver != "unipc"):
+        given = "--load_format dummy" if wanted.load_format == "dummy" else f"--sample_solver {wanted.solver}"
         raise IncompatibleOptions(f"--compare {own.compare} needs a checkpoint folder and unipc, but {given} was given")
     fetch(wanted)
     common = describe(wanted, own, words)

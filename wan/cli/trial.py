@@ -123,6 +123,7 @@ class Ours:
             optimizations=plan,
             device=hardware.device,
             load_format=wanted.load_format,
+            files=wanted.files,
             progress=self.clock,
         )
         self.pipe.engine.load()
