@@ -17,6 +17,7 @@ from wan.engine.errors import BadRequest
 from wan.engine.options import Option, Spelling, add_arguments
 
 MAKE, CHECKPOINT, RUN, OUTPUT, SAFETY = "what to make", "checkpoint", "how to run", "output", "safety"
+INPUT = "inputs of some tasks"
 
 PROGRAM_DEFAULTS = {"attention": "auto"}
 """What the program chooses where the library keeps to the plain model."""
@@ -40,6 +41,8 @@ class Flag:
     choices: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     missing: str = ""
+    is_file: bool = False
+    """Whether its value is the path of a file that is read."""
 
     @property
     def dest(self) -> str:
@@ -62,6 +65,7 @@ FLAGS = (
     Flag("task", str, "read from --ckpt_dir, else t2v-A14B", "t2v-1.3B, t2v-14B, t2v-A14B, t2i-14B or t2v-demo"),
     Flag("prompt", str, "an example", "what the video shows"),
     Flag("n_prompt", str, "the task's", "what it must not show", aliases=("--negative_prompt",)),
+    Flag("prompt_file", str, None, "many videos: a prompt a line, or .jsonl with flags for each; docs/queues.md"),
     Flag("size", str, "1280*720, or the task's first", "WIDTH*HEIGHT, WIDTHxHEIGHT, 720p or 480p (landscape)"),
     Flag("any_size", None, False, "also allow sizes the model was not trained on (multiples of 16)"),
     Flag("frame_num", int, "the task's, mostly 81", "frames to make, 4n+1; 1 makes an image"),
@@ -84,8 +88,11 @@ FLAGS = (
     Flag("preset", str, "none", "options by NAME (configs/NAME.toml), FILE.toml, auto (by hardware) or none", RUN),
     Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
     Flag("print_plan", None, False, "say what would be done, and stop", RUN),
+    Flag("expert_batch", int, 1, "of a --prompt_file, videos for which each of two experts is brought in once", RUN),
+    Flag("embedding_cache", str, "the user's cache folder", "folder that keeps text embeddings, or off", RUN),
     Flag("save_file", str, "task_size_prompt_time", "the .mp4 (or .png, one frame) to write, or a folder", OUTPUT),
     Flag("name", str, None, "the file's name with fields: '{task}_{seed}_{prompt:40}'; docs/FILENAME_GUIDE.md", OUTPUT),
+    Flag("results", str, "FILE.results.jsonl", "what became of each video of a --prompt_file", OUTPUT),
     Flag("fps", int, "the task's", "frames per second of the file", OUTPUT),
     Flag("crf", int, "10", "H.264 quality: 0 is lossless, 51 worst", OUTPUT),
     Flag("no_metadata", None, False, "keep prompt and settings out of the file, and write no .json beside it", OUTPUT),
@@ -161,7 +168,7 @@ def build_parser(options: Iterable[Option]) -> Parser:
         description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118),
     )  # fmt: skip
-    groups = {name: parser.add_argument_group(name) for name in (MAKE, CHECKPOINT, RUN, OUTPUT, SAFETY)}
+    groups = {name: parser.add_argument_group(name) for name in (MAKE, INPUT, CHECKPOINT, RUN, OUTPUT, SAFETY)}
     for flag in FLAGS:
         _add(groups[flag.group], flag)
     add_arguments(groups[RUN], options)
@@ -189,10 +196,13 @@ def unavailable(options: Iterable[Option]) -> list[Flag]:
     return [flag for flag in MISSING if flag.name not in taken]
 
 
-def parse(argv: Sequence[str], options: Iterable[Option]) -> argparse.Namespace:
-    """The namespace of `argv`; what was not spelled is None. Raises BadRequest with one line that names the flag."""
+def parse(argv: Sequence[str], options: Iterable[Option], parser: Parser | None = None) -> argparse.Namespace:
+    """The namespace of `argv`; what was not spelled is None. Raises BadRequest with one line that names the flag.
+
+    `parser` is one that was built of these options before.
+    """
     options = list(options)
-    parser = build_parser(options)
+    parser = parser or build_parser(options)
     known = {action.replace("-", "_"): action for action in parser._option_string_actions}
     args, extra = parser.parse_known_args([_canonical(token, known) for token in argv])
     if extra:

@@ -50,13 +50,15 @@ def build(job: Job, terminal: Terminal) -> Any:
 
 def call(pipeline: Any, job: Job, **extras: Any) -> Tensor | None:
     """`pipeline.generate` for `job`; `extras` go beyond upstream's arguments."""
-    wanted = job.wanted
-    noise = {"noise_device": (wanted.noise_device, True)} if wanted.noise_device else {}
+    wanted, inputs, arguments = job.wanted, job.wanted.inputs, dict(job.wanted.arguments)
+    beyond = {"noise_device": (wanted.noise_device, True)} if wanted.noise_device else {}
+    if inputs is not None:
+        beyond |= {name: (value, True) for name, value in inputs.beyond.items()}
+        arguments |= inputs.prepare(pipeline) if inputs.prepare is not None else {}
     negative = {"n_prompt": wanted.n_prompt} if wanted.n_prompt else {}
     video: Tensor | None = pipeline.generate(
         wanted.prompt,
-        size=(wanted.width, wanted.height),
-        frame_num=wanted.num_frames,
+        **arguments,
         shift=wanted.shift,
         sample_solver=wanted.solver,
         sampling_steps=wanted.steps,
@@ -64,7 +66,7 @@ def call(pipeline: Any, job: Job, **extras: Any) -> Tensor | None:
         seed=wanted.seed,
         offload_model=bool(plan_values(job.plan).get("offload_model")),
         **negative,
-        **_accepted(pipeline.generate, noise),
+        **_accepted(pipeline.generate, beyond),
         **extras,
     )
     return video

@@ -65,6 +65,7 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "versions": _versions(),
         "device": _device(job.hardware),
         "weights": _weights(job.wanted),
+        "inputs": {} if job.wanted.inputs is None else fingerprints.of_parts(job.wanted.inputs.files.items()),
         "output": {"path": os.path.abspath(job.output.path), "fps": job.output.fps, "crf": job.output.crf},
     }
     sound: dict[str, Any] = _sound(record)
@@ -178,6 +179,8 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     if wanted.files is not None:
         given = {each.name: getattr(wanted.files, each.name) for each in fields(wanted.files)}
         flags |= {name: _absolute(file) for name, file in given.items() if file is not None}
+    if wanted.inputs is not None:
+        flags |= wanted.inputs.flags
     return flags | {name: value for name, value in job.plan.values().items() if value is not None}
 
 
@@ -325,7 +328,7 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             f"--from {str(path)!r}: its record has format {record['format']}, made by version {record.get('version')}; "
             f"this is {wan.__version__}, which reads {FORMAT}: use that version, or spell the flags"
         )
-    for name in ("flags", "plan", "versions", "device", "weights", "output", "result"):
+    for name in ("flags", "plan", "versions", "device", "weights", "inputs", "output", "result"):
         if not isinstance(record.get(name, {}), dict):
             raise BadRequest(f"--from {str(path)!r}: {name!r} in its record is no table; spell the flags instead")
     return record

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from wan.cli.args import FLAGS, Flag, guidance
+from wan.cli.args import FLAGS, INPUT, Flag, guidance
 from wan.cli.presets import chosen_here
 from wan.conditioning.geometry import frames_for, parse_size
 from wan.engine.errors import BadRequest
@@ -25,12 +25,14 @@ from wan.engine.plan import Optimization
 
 PIXELS = (
     "task", "prompt", "n_prompt", "size", "frame_num", "base_seed", "noise_device", "sample_solver", "sample_steps",
-    "sample_shift", "sample_guide_scale",
+    "sample_shift", "sample_guide_scale", *(flag.name for flag in FLAGS if flag.group == INPUT),
 )  # fmt: skip
 """Flags that make another video."""
 
 FILES = ("ckpt_dir", "dit", "dit_low", "t5", "vae", "tokenizer")
 """Flags that name weights. They may lie elsewhere by now; hashes tell whether they are the same."""
+
+_PATHS = (*FILES, *(flag.name for flag in FLAGS if flag.is_file))
 
 OTHERS = ("any_size", "load_format", "fps", "crf")
 
@@ -81,14 +83,16 @@ def differences(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     devices = _changed_in("device", record, now, ("name", "instructions", "processes"))
     plan = _changed_in("plan", record, now)
     noise = _changed_in("flags", record, now, ("noise_device",))
-    rescue, weights = _rescue(record), changed_weights(record, now)
+    rescue, weights, inputs = _rescue(record), changed_weights(record, now), _changed_files("inputs", record, now)
     lines = [f"{name} {then or 'none'} then, {value or 'none'} now" for name, (then, value) in versions.items()]
     lines += [f"on {then} then, on {value} now" for then, value in devices.values()]
     lines += [f"--{name} {_text(then)} then, {_text(value)} now" for name, (then, value) in plan.items()]
     lines += [f"decoded {rescue} then, as memory ran out"] if rescue else []
     lines += [f"noise drawn on {then} then, on {value} now" for then, value in noise.values()]
     lines += [f"other weights of {part}: {now['weights'][part]['file']!r} now" for part in weights]
-    if weights or any(not _same(name, *pair) for name, pair in _changed_in("flags", record, now, PIXELS).items()):
+    lines += [f"--{name} is another file now: {now['inputs'][name]['file']!r}" for name in inputs]
+    pixels = _changed_in("flags", record, now, PIXELS)
+    if weights or inputs or any(not _same(name, *pair) for name, pair in pixels.items()):
         return [*lines, "this makes another video"]
     if devices or rescue or set(versions) - set(_WITHOUT_EFFECT) or any(map(_changes_bits, plan)):
         return [*lines, "the same scene can be expected, not the same bits"]
@@ -98,8 +102,7 @@ def differences(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def changed_weights(record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The parts whose weights are known to be others."""
-    then, here = ({part: _hash(held) for part, held in each.get("weights", {}).items()} for each in (record, now))
-    return [part for part, taken in then.items() if taken and here.get(part) not in (None, taken)]
+    return _changed_files("weights", record, now)
 
 
 def require_same_start(record: Mapping[str, Any], now: Mapping[str, Any], *, source: str) -> None:
@@ -112,6 +115,11 @@ def require_same_start(record: Mapping[str, Any], now: Mapping[str, Any], *, sou
         raise BadRequest(
             f"{source} was begun with other weights of {part} than {now['weights'][part]['file']!r} holds now: "
             f"pass those it began with ({record['weights'][part].get('file')!r}), or start a new video"
+        )
+    for name in _changed_files("inputs", record, now):
+        raise BadRequest(
+            f"{source} was begun with another --{name}: {now['inputs'][name]['file']!r} has changed since; bring back "
+            "the file it began with, or start a new video"
         )
 
 
@@ -199,7 +207,7 @@ def _needed(args: argparse.Namespace, name: str, value: Any) -> bool:
 
 def _present(name: str, value: Any, source: str) -> Any:
     """`value`, or BadRequest where it is a path of another machine."""
-    if name in FILES and os.path.isabs(value) and not Path(value).exists():
+    if name in _PATHS and os.path.isabs(value) and not Path(value).exists():
         raise BadRequest(f"{source} was made with --{name} {value!r}, which is not here: pass --{name} with yours")
     return value
 
@@ -225,9 +233,15 @@ def _same(name: str, a: Any, b: Any) -> bool:
         return parse_size(a) == parse_size(b)
     if name == "sample_guide_scale":
         return _pair(a) == _pair(b)
-    if name in FILES:
+    if name in _PATHS:
         return os.path.abspath(Path(a).expanduser()) == os.path.abspath(Path(b).expanduser())
     return bool(a == b)
+
+
+def _changed_files(table: str, record: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The files of a table whose hashes are known and differ."""
+    then, here = ({name: _hash(held) for name, held in each.get(table, {}).items()} for each in (record, now))
+    return [name for name, taken in then.items() if taken and here.get(name) not in (None, taken)]
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from wan.cli import hub
 from wan.cli.checkpoint import DEMO, check_folder, check_kind, demo_folder, detect_task, no_folder
+from wan.cli.inputs import Asked, Inputs, read_inputs
 from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
 from wan.engine.errors import BadRequest
 from wan.layouts import CheckpointFiles
@@ -52,30 +53,48 @@ class Wanted:
     load_format: str = "auto"
     repository: hub.Repository | None = None
     files: CheckpointFiles | None = None
+    inputs: Inputs | None = None
     why: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What `generate` gets beside the prompt and the sampling, by upstream's names."""
+        if self.inputs is not None:
+            return self.inputs.arguments
+        return {"size": (self.width, self.height), "frame_num": self.num_frames}
 
     @property
     def size_name(self) -> str:
         return f"{self.width}*{self.height}"
 
 
-def resolve(args: argparse.Namespace) -> Wanted:
+def resolve(args: argparse.Namespace, like: Wanted | None = None) -> Wanted:
     """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs.
 
     Of a Hugging Face repository it looks at no more than that: `fetch` brings the rest once everything else is checked.
+    `like` was resolved from the same checkpoint, which is not looked at again.
     """
     from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 
     why: dict[str, str] = {}
-    repository = hub.named(args.ckpt_dir, offline=bool(args.offline))
-    task = _task(args, repository, WAN_CONFIGS, SUPPORTED_SIZES, why)
+    if like is None:
+        repository = hub.named(args.ckpt_dir, offline=bool(args.offline))
+        task = _task(args, repository, WAN_CONFIGS, SUPPORTED_SIZES, why)
+    else:
+        repository, task, why["task"] = like.repository, like.task, like.why["task"]
     config = WAN_CONFIGS[task]
     width, height = _size(args, task, config, SUPPORTED_SIZES[task], why)
     fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
     num_frames = _num_frames(args, task, config, fps, why)
+    inputs = read_inputs(
+        args, Asked(task=task, config=config, width=width, height=height, num_frames=num_frames, fps=fps)
+    )
+    if inputs is not None:
+        width, height = inputs.size or (width, height)
+        why |= inputs.why
     check_video(height, width, num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
     sampling = _sampling(args, config, why)
-    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS)
+    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS) if like is None else like.checkpoint
     return Wanted(
         task=task,
         config=config,
@@ -90,6 +109,7 @@ def resolve(args: argparse.Namespace) -> Wanted:
         noise_device=args.noise_device,
         load_format=args.load_format or "auto",
         files=_files(args),
+        inputs=inputs,
         repository=None if args.load_format == "dummy" else repository,
         why=why,
         **sampling,
