@@ -17,7 +17,8 @@ from wan.engine.weights.dialects import DIT, SPIECE, TEXT_ENCODER, VAE, open_net
 from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
 from wan.layouts import CheckpointFiles, Places, locate
 from wan.layouts.models import Shapes, model_of
-from wan.modules.model import WanModel, build_dit
+from wan.modules.building import build_dit
+from wan.modules.model import WanModel
 from wan.modules.t5 import build_text_encoder, umt5_xxl
 from wan.modules.tokenizers import HuggingfaceTokenizer
 from wan.modules.vae import VAE_2_1, VAE_2_2, WanVAEModel, build_vae
@@ -145,6 +146,7 @@ class Checkpoint:
 _DIFFUSERS_FIELDS = {
     "num_heads": "num_attention_heads", "num_layers": "num_layers", "ffn_dim": "ffn_dim", "freq_dim": "freq_dim",
     "in_dim": "in_channels", "out_dim": "out_channels", "text_dim": "text_dim", "eps": "eps",
+    "vace_layers": "vace_layers", "vace_in_dim": "vace_in_channels",
 }  # fmt: skip
 """The fields of a transformer's config.json and diffusers' names for them."""
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.engine.types import Condition
-from wan.modules.model import WanModel, build_dit
+from wan.modules.building import build_dit
+from wan.modules.model import WanModel
 
 KEYS: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "dit_keys.json").read_text())
 TINY = {"dim": 96, "ffn_dim": 160, "num_heads": 3, "num_layers": 3, "text_dim": 48, "freq_dim": 64, "text_len": 12}

@@ -8,8 +8,9 @@ from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
 
 
 def transformer_config(sizes: Any) -> dict[str, Any]:
-    """Arguments of `WanTransformer3DModel` for the config of a `WanModel`."""
-    return {
+    """Arguments of `WanTransformer3DModel` for the config of a `WanModel`, or of its VACE form for VACE's."""
+    vace = {"vace_layers": "vace_layers", "vace_in_dim": "vace_in_channels"}
+    return {theirs: sizes[name] for name, theirs in vace.items() if name in sizes} | {
         "patch_size": list(sizes.patch_size),
         "num_attention_heads": sizes.num_heads,
         "attention_head_dim": sizes.dim // sizes.num_heads,

@@ -11,6 +11,7 @@ _HOMES = {
     "T5Encoder": "t5",
     "T5EncoderModel": "t5",
     "T5Model": "t5",
+    "VaceWanModel": "vace_model",
     "Wan2_1_VAE": "vae2_1",
     "Wan2_2_VAE": "vae2_2",
     "WanModel": "model",

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +40,13 @@ __all__ = [
 SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout | None], Tensor]
-RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Tensor]
+RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Any]
+"""What comes back is what the block returns: tokens, or for an adapter's block what its adapter expects."""
 
 
-def call_block(block: nn.Module, tokens: Tensor, inputs: BlockInputs) -> Tensor:
+def call_block(block: nn.Module, tokens: Tensor, inputs: BlockInputs) -> Any:
     """The plain `run_block`."""
-    out: Tensor = block(tokens, inputs)
-    return out
+    return block(tokens, inputs)
 
 
 def keep(tokens: Tensor) -> Tensor:
@@ -72,6 +72,8 @@ class BlockInputs:
     """Token grid of the latents."""
     features: dict[str, Tensor] = field(default_factory=dict)
     """Adapters' tensors (audio, face, image), batch first."""
+    aligned: dict[str, Tensor] = field(default_factory=dict, metadata={"token": 1})
+    """Adapters' tensors that run along the tokens, [B, L, ...]."""
     residuals: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
     """Evaluated and added after the block of that number, one at a time."""
     constant_rows: Mapping[float, int] = field(default_factory=dict)

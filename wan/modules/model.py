@@ -8,11 +8,10 @@ Letters: B batch, C channels, T/H/W latent frames/height/width, L tokens, S text
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.errors import BadRequest
 from wan.engine.ops.rope import grid_table
 from wan.engine.types import Condition, Layout, Step
 from wan.modules.blocks import Adapter, BlockInputs, RunBlock, WanAttentionBlock, call_block
 from wan.modules.embedding import Head, linear32, patchify, sinusoidal_embedding_1d, unpatchify
 
-__all__ = ["Head", "WanModel", "build_dit", "sinusoidal_embedding_1d"]
+__all__ = ["FrozenConfig", "Head", "WanModel", "sinusoidal_embedding_1d"]
 
 Trunk = Callable[[Tensor, BlockInputs, Condition, Step | None], Tensor]
 
@@ -245,6 +244,17 @@ class WanModel(nn.Module):
             raise BadRequest("clip_fea was given, but this checkpoint has no image branch; leave it out")
         if y is not None:
             x = [torch.cat((latents, extra)) for latents, extra in zip(x, y, strict=True)]
+        return self.run_lists(x, t, context, seq_len, lambda members, texts: Condition(context=texts))
+
+    def run_lists(
+        self,
+        x: Sequence[Tensor],
+        t: Tensor,
+        context: Sequence[Tensor],
+        seq_len: int,
+        condition: Callable[[list[int], Tensor], Condition],
+    ) -> list[Tensor]:
+        """`forward` without what makes conditions: `condition(members, texts)` gives that of samples run together."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, latents in enumerate(x):
             groups.setdefault(tuple(latents.shape), []).append(index)
@@ -253,8 +263,8 @@ class WanModel(nn.Module):
             latents = torch.stack([x[index] for index in members])
             texts = [F.pad(context[i], (0, 0, 0, self._text_padding(context[i]))) for i in members]
             timesteps, rows = self._timesteps(t, members, len(x), latents, seq_len)
-            condition = Condition(context=torch.stack(texts))
-            out |= zip(members, self._predict(latents, timesteps, rows, condition, None, ("cond",)), strict=True)
+            conditions = condition(members, torch.stack(texts))
+            out |= zip(members, self._predict(latents, timesteps, rows, conditions, None, ("cond",)), strict=True)
         return [out[index] for index in range(len(x))]
 
     def _text_padding(self, text: Tensor) -> int:
@@ -309,6 +319,7 @@ class WanModel(nn.Module):
     ) -> WanModel:
         """The model in upstream's folder (config.json and safetensors), on the CPU, in the file's or `torch_dtype`."""
         from wan.engine.weights.stream import find_weights, load_into, open_weights
+        from wan.modules.building import build_dit, read_config
 
         folder = Path(folder, subfolder or "")
         weights = open_weights(find_weights(folder))
@@ -323,64 +334,7 @@ class WanModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         omitted = ("patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm")
-        config = {"_class_name": "WanModel"} | {k: v for k, v in self.config.items() if k not in omitted}
+        config = {"_class_name": type(self).__name__} | {k: v for k, v in self.config.items() if k not in omitted}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
         save_file(state, str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The content of `config.json`; {} where there is none, because the sizes are in the weights too."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadCheckpoint(f"{path} is not valid JSON ({error}); download it again") from error
-    return config
-
-
-def sizes_from(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The constructor arguments that the shapes of a checkpoint decide."""
-    sizes: dict[str, Any] = {}
-    if patch := shapes.get("patch_embedding.weight"):
-        sizes |= {"dim": patch[0], "in_dim": patch[1], "patch_size": tuple(patch[2:])}
-        if head := shapes.get("head.head.weight"):
-            sizes["out_dim"] = head[0] // math.prod(patch[2:])
-    for name, key in (
-        ("text_dim", "text_embedding.0.weight"),
-        ("freq_dim", "time_embedding.0.weight"),
-        ("ffn_dim", "blocks.0.ffn.2.weight"),
-    ):
-        if key in shapes:
-            sizes[name] = shapes[key][1]
-    numbers = {int(match[1]) for key in shapes if (match := re.match(r"blocks\.(\d+)\.", key))}
-    if numbers:
-        sizes |= {
-            "num_layers": max(numbers) + 1,
-            "qk_norm": "blocks.0.self_attn.norm_q.weight" in shapes,
-            "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
-        }
-    return sizes
-
-
-def build_dit(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None) -> WanModel:
-    """A `WanModel` without memory (meta device) for a config.json and the shapes of its checkpoint.
-
-    Shapes win where the config is silent; a contradiction is a `BadCheckpoint`.
-    """
-    sizes = sizes_from(shapes or {})
-    known = inspect.signature(WanModel).parameters
-    given = {key: value for key, value in config.items() if key in known and value is not None}
-    for key, value in sizes.items():
-        if key in given and (tuple(given[key]) if isinstance(value, tuple) else given[key]) != value:
-            raise BadCheckpoint(
-                f"the configuration says {key} = {given[key]!r} but the weights have {value!r}; they do not belong "
-                "together"
-            )
-    arguments = given | sizes
-    if "num_heads" not in arguments and "dim" in arguments:
-        arguments["num_heads"] = max(1, arguments["dim"] // 128)
-    with torch.device("meta"):
-        return WanModel(**arguments).eval()

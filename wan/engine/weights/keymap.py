@@ -82,6 +82,19 @@ def _under(ours: str, theirs: str, parts: tuple[tuple[str, str], ...]) -> tuple[
 _NORMS = (("norm_q", "norm_q"), ("norm_k", "norm_k"))
 _ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), *_NORMS)
 
+
+def _block(name: str) -> tuple[tuple[str, str], ...]:
+    """One block of the transformer, called alike on both sides."""
+    return (
+        (f"{name}.modulation", f"{name}.scale_shift_table"),
+        (f"{name}.norm3", f"{name}.norm2"),
+        *_under(f"{name}.self_attn", f"{name}.attn1", _ATTENTION),
+        *_under(f"{name}.cross_attn", f"{name}.attn2", _ATTENTION),
+        (f"{name}.ffn.0", f"{name}.ffn.net.0.proj"),
+        (f"{name}.ffn.2", f"{name}.ffn.net.2"),
+    )
+
+
 DIFFUSERS_DIT = KeyMap(
     (
         ("patch_embedding", "patch_embedding"),
@@ -90,17 +103,16 @@ DIFFUSERS_DIT = KeyMap(
         ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
         ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
         ("time_projection.1", "condition_embedder.time_proj"),
-        ("blocks.*.modulation", "blocks.*.scale_shift_table"),
-        ("blocks.*.norm3", "blocks.*.norm2"),
-        *_under("blocks.*.self_attn", "blocks.*.attn1", _ATTENTION),
-        *_under("blocks.*.cross_attn", "blocks.*.attn2", _ATTENTION),
-        ("blocks.*.ffn.0", "blocks.*.ffn.net.0.proj"),
-        ("blocks.*.ffn.2", "blocks.*.ffn.net.2"),
+        *_block("blocks.*"),
         ("head.modulation", "scale_shift_table"),
         ("head.head", "proj_out"),
+        ("vace_patch_embedding", "vace_patch_embedding"),
+        *_block("vace_blocks.*"),
+        ("vace_blocks.*.before_proj", "vace_blocks.*.proj_in"),
+        ("vace_blocks.*.after_proj", "vace_blocks.*.proj_out"),
     )
 )
-"""`WanTransformer3DModel` of text-to-video checkpoints."""
+"""`WanTransformer3DModel` of text-to-video checkpoints, and `WanVACETransformer3DModel`."""
 
 TRANSFORMERS_T5 = KeyMap(
     (
