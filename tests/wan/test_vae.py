@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -328,3 +329,23 @@ def test_a_loaded_model_gets_upstreams_interface() -> None:
     vae = WanVAE.from_model(model)
     assert vae.model is model
     assert vae.decode([torch.randn(16, 2, 2, 3)])[0].shape == (3, 5, 16, 24)
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 33, 81])
+@pytest.mark.parametrize("grouped", [False, True], ids=["2.1", "2.2"])
+def test_video_of_a_few_frames_is_encoded_to_the_bit_in_less_work(grouped: bool, num_frames: int) -> None:
+    sizes: dict[str, Any] = {"z_dim": 48, "patch_size": 2, "grouped": True} if grouped else {}
+    model = WanVAEModel(VAEConfig(encoder_dim=4, decoder_dim=4, num_res_blocks=1, **sizes)).eval()
+    calls: list[int] = []
+    model.encoder.conv1.register_forward_hook(lambda *_: calls.append(1))
+    for numbers in ((0,), (0, num_frames - 1), (num_frames // 2,)):
+        frames = {number: torch.rand(1, 3, 32, 48) * 2 - 1 for number in numbers}
+        video = torch.zeros(1, 3, num_frames, 32, 48)
+        for number, frame in frames.items():
+            video[:, :, number] = frame
+        with torch.inference_mode():
+            whole = model.encode(video)
+            calls.clear()
+            assert torch.equal(model.encode_sparse(frames, num_frames), whole)
+        # Full-size layers see the given chunks, and two blank ones after each run begins.
+        assert len(calls) <= 7

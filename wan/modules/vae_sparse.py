@@ -1,0 +1,70 @@
+"""Encoding a video that is blank but for a few frames, without computing the same blank chunk again and again.
+
+A causal layer forgets: once all the frames it remembers are blank, further blank frames give what the last ones gave.
+So in a run of blank chunks the first stages settle after a few, later ones after more, and of every chunk only the
+stages that have not settled are computed. The result is the same to the bit, as the same numbers meet the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from torch import Tensor, nn
+
+from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, DownGroup, Downsample, FrameCache, ResidualBlock
+
+
+def encode_chunks(stages: Sequence[nn.Module], chunks: Sequence[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
+    """The output of all `stages` for each of consecutive chunks [B, C, T, H, W]; None stands for `blank`."""
+    cache = FrameCache()
+    settled = _settled(stages, blank.shape[2])
+    blanks, kept = 0, blank
+    for chunk in chunks:
+        if chunk is not None:
+            blanks, kept = 0, blank
+            yield _through(stages, chunk, cache)
+            continue
+        start, end = _depth(settled, blanks - 1), _depth(settled, blanks)
+        kept = _through(stages[start:end], kept, cache)
+        blanks += 1
+        yield _through(stages[end:], kept, cache)
+
+
+def _through(stages: Sequence[nn.Module], x: Tensor, cache: FrameCache) -> Tensor:
+    for stage in stages:
+        x = stage(x, cache) if isinstance(stage, (Causal, Chain)) else stage(x)
+    return x
+
+
+def _depth(settled: Sequence[int], blanks: int) -> int:
+    """How many of the first stages give for the blank chunk of this number what they give for all that follow."""
+    return sum(each <= blanks for each in settled)
+
+
+def _settled(stages: Sequence[nn.Module], frames: int) -> list[int]:
+    """Number of the blank chunk from which on each stage's output stays the same."""
+    delays = []
+    for stage in stages:
+        delay, frames = _delay(stage, frames)
+        delays.append(delay)
+    return list(accumulate(delays))
+
+
+def _delay(layer: nn.Module, frames: int) -> tuple[int, int]:
+    """How many equal chunks of `frames` a layer must see before its output stays the same, and the frames it makes."""
+    if isinstance(layer, CausalConv3d):
+        return -(-layer.context // frames), frames
+    if isinstance(layer, Downsample):
+        return (0, frames) if layer.time_conv is None else (1, frames // 2)
+    if isinstance(layer, ResidualBlock):
+        return _delay(layer.residual, frames)
+    if isinstance(layer, DownGroup):
+        return _delay(layer.downsamples, frames)
+    if not isinstance(layer, Chain):
+        return 0, frames
+    total = 0
+    for each in layer:
+        delay, frames = _delay(each, frames)
+        total += delay
+    return total, frames
