@@ -39,6 +39,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def fresh_cache(own_cache: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one left in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's root."""
@@ -77,9 +83,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config() -> Any:
-    """The task configuration that goes with `tiny_checkpoint`; a copy, free to change."""
+@pytest.fixture(scope="session")
+def tiny_task() -> Any:
+    """The task configuration that goes with `tiny_checkpoint`."""
     from easydict import EasyDict
 
     from wan.configs import WAN_CONFIGS
@@ -88,6 +94,12 @@ def tiny_config() -> Any:
     sizes = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "num_heads": 2, "num_layers": 2, "text_len": 32}
     config.update(sizes, param_dtype=torch.float32, t5_dtype=torch.float32, sample_neg_prompt="blurry")
     return config
+
+
+@pytest.fixture
+def tiny_config(tiny_task: Any) -> Any:
+    """A copy of it, free to change."""
+    return type(tiny_task)(tiny_task)
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from wan.cli.naming import Claims
-    from wan.cli.request import Wanted
+    from wan.cli.request import Source, Wanted
+    from wan.embeddings import EmbeddingCache
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization, Plan
     from wan.video import Output
@@ -49,10 +50,20 @@ class Care:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What the jobs of a queue have in common and is looked at once. `tried` are the kinds of output that work."""
+
+    source: Source
+    hardware: Hardware
+    tried: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A checked command line: what to make, how to run it, where it goes. `plain` is the plan of all defaults.
 
-    `record` is what repeats the video, `notes` are for the user to read before it is made.
+    `record` is what repeats the video, `embeddings` keeps those of its texts, `notes` are for the user to read before
+    it is made.
     """
 
     wanted: Wanted
@@ -64,6 +75,7 @@ class Job:
     crf: int | None
     care: Care = Care()
     record: dict[str, Any] = field(default_factory=dict)
+    embeddings: EmbeddingCache | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -97,6 +109,10 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
     known = tuple(registry())
     args = parse(argv, options(known))
     with Claims() as claims:
+        if args.prompt_file is not None:
+            from wan.cli.queue import run_queue
+
+            return run_queue(args, known, default_preset, claims, terminal)
         return make(check(args, known, default_preset, claims), terminal, print_plan=bool(args.print_plan))
 
 
@@ -139,28 +155,58 @@ def produce(job: Job, terminal: Terminal) -> Path:
 
 def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str, claims: Claims) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
-    from wan.cli import record
-    from wan.cli.presets import make_plan, refuse_several_processes
     from wan.cli.recall import recall, refuse_to_replace
-    from wan.cli.request import fetch, resolve
-    from wan.engine.hardware import world
+    from wan.cli.request import fetch
+
+    recalled = recall(args)
+    job = examine(args, registry, default_preset, claims, care=recalled.care)
+    refuse_to_replace(job.output.path, recalled.care)
+    if not args.print_plan:
+        fetch(job.wanted)
+    job = recorded(args, job)
+    return dataclasses.replace(job, notes=(*recalled.notes, *recalled.differences(job.record)))
+
+
+def recorded(args: argparse.Namespace, job: Job) -> Job:
+    """`job` with its record, and with what is known by the hashes in it."""
+    from wan.cli import record
+    from wan.cli.embeddings import cache_for
+
+    made = record.build(args, job)
+    return dataclasses.replace(job, record=made, embeddings=cache_for(args, made))
+
+
+def examine(
+    args: argparse.Namespace,
+    registry: Sequence[type[Optimization]],
+    default_preset: str,
+    claims: Claims,
+    *,
+    care: Care,
+    shared: Shared | None = None,
+) -> Job:
+    """The job but for its record, with all checks that come before anything is downloaded."""
+    from wan.cli.presets import make_plan
+    from wan.cli.request import resolve
     from wan.engine.plan import Plan
 
-    refuse_several_processes(registry, world()[1])
-    recalled = recall(args)
-    wanted = resolve(args)
-    hardware = _hardware(args, world()[2])
-    plan = make_plan(args, registry, hardware, default_preset)
-    output = _output(args, wanted, claims)
-    refuse_to_replace(output.path, recalled.care)
-    if not args.print_plan:
-        fetch(wanted)
-    job = Job(
-        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=hardware, output=output, device=args.device,
-        crf=args.crf, care=recalled.care, notes=recalled.notes,
+    here = machine(args, registry) if shared is None else shared.hardware
+    wanted = resolve(args, shared.source if shared is not None else None)
+    plan = make_plan(args, registry, here, default_preset)
+    output = _output(args, wanted, claims, shared.tried if shared is not None else set())
+    return Job(
+        wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
+        crf=args.crf, care=care,
     )  # fmt: skip
-    made = record.build(args, job)
-    return dataclasses.replace(job, record=made, notes=(*job.notes, *recalled.differences(made)))
+
+
+def machine(args: argparse.Namespace, registry: Sequence[type[Optimization]]) -> Hardware:
+    """Where the command line runs. Raises BadRequest, or IncompatibleOptions for several processes."""
+    from wan.cli.presets import refuse_several_processes
+    from wan.engine.hardware import world
+
+    refuse_several_processes(registry, world()[1])
+    return _hardware(args, world()[2])
 
 
 def whole(pipeline: Any, job: Job, terminal: Terminal) -> Tensor:
@@ -241,14 +287,14 @@ def _hardware(args: argparse.Namespace, local_rank: int) -> Hardware:
     return probe(args.device, local_rank)
 
 
-def _path(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Path:
+def output_path(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Path:
     """The file that --save_file names, which may be overwritten; else a new one in the folder it names."""
     from wan.cli import naming
 
     ending, now = ".png" if wanted.num_frames == 1 else ".mp4", time.localtime()
     pattern = None if args.name is None else naming.Pattern(args.name)
     path = Path(args.save_file or "").expanduser()
-    if args.save_file in (None, "") or path.is_dir() or str(args.save_file).endswith(("/", "\\")):
+    if not names_file(args):
         if pattern is None:
             return claims.first_free(path, naming.default_paths(wanted, ending, now))
         return claims.first_free(path, naming.pattern_paths(pattern, wanted, ending, now))
@@ -257,14 +303,25 @@ def _path(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Path:
     return path
 
 
-def _output(args: argparse.Namespace, wanted: Wanted, claims: Claims) -> Output:
-    """Where the result goes, tried with two frames."""
+def names_file(args: argparse.Namespace) -> bool:
+    """True where --save_file is the name of the file, not of a folder."""
+    given = str(args.save_file or "")
+    return bool(given) and not given.endswith(("/", "\\")) and not Path(given).expanduser().is_dir()
+
+
+def _output(args: argparse.Namespace, wanted: Wanted, claims: Claims, tried: set[tuple[Any, ...]]) -> Output:
+    """Where the result goes, tried with two frames unless such an output is among those that were."""
     from wan.video import Output, test_encode
 
-    path = _path(args, wanted, claims)
+    path = output_path(args, wanted, claims)
     output = Output(path, fps=wanted.fps, **({} if args.crf is None else {"crf": args.crf}))
+    size = (wanted.width, wanted.height, wanted.num_frames)
+    kind = (path.parent.absolute(), path.suffix.lower(), output.fps, output.crf, *size)
+    if kind in tried:
+        return output
     try:
         test_encode(output, height=wanted.height, width=wanted.width, num_frames=wanted.num_frames)
     except OutputError as error:
         raise BadRequest(f"--save_file: {error}") from error
+    tried.add(kind)
     return output

@@ -33,6 +33,7 @@ def build(job: Job, terminal: Terminal) -> Any:
         "load_format": (wanted.load_format, wanted.load_format != "auto"),
         "files": (wanted.files, wanted.files is not None),
         "progress": (terminal, False),
+        "embeddings": (job.embeddings, False),
     }
     return pipeline_class(
         config=wanted.config,
@@ -65,6 +66,7 @@ def call(pipeline: Any, job: Job, **extras: Any) -> Tensor | None:
         guide_scale=wanted.guide_scale,
         seed=wanted.seed,
         offload_model=bool(plan_values(job.plan).get("offload_model")),
+        **_changed(pipeline, job.plan),
         **negative,
         **_accepted(pipeline.generate, beyond),
         **extras,
@@ -85,6 +87,17 @@ def streams(pipeline: Any) -> bool:
 def plan_values(plan: Plan) -> dict[str, Any]:
     """Every option of the plan by name."""
     return {name: value for optimization in plan.optimizations for name, value in vars(optimization).items()}
+
+
+def _changed(pipeline: Any, plan: Plan) -> dict[str, Any]:
+    """Per-call options that are not those `pipeline` was built with: of jobs in a queue."""
+    from wan.pipeline import WanPipeline
+
+    if not isinstance(pipeline, WanPipeline):
+        return {}
+    built = pipeline.engine.plan.values()
+    changed = {name: value for name, value in plan.values().items() if name in built and value != built[name]}
+    return {name: value for name, value in changed.items() if value is not None and name != "offload_model"}
 
 
 def _beyond_upstream(job: Job) -> bool:

@@ -9,7 +9,6 @@ decode, into PNG frames.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,13 +46,13 @@ class Production:
         )  # fmt: skip
         self.keeper: Keeper = self.run if care.latents is None else Latents(read_latents(care.latents)[0])
         self.sink = self._sink()
-        self._end = None if care.timeout_s is None else time.monotonic() + care.timeout_s
+        self._limit = None if care.timeout_s is None else terminal.spent() + care.timeout_s
         self._begin()
 
     def extras(self, pipeline: Any) -> dict[str, Any]:
         """What `pipeline.generate` gets beyond upstream's arguments."""
         self._pipeline = pipeline
-        timed = _Timed(self.sink, self._check_time) if self._end is not None else self.sink
+        timed = _Timed(self.sink, self._check_time) if self._limit is not None else self.sink
         return {"sink": timed, "keeper": self.keeper, "observe": (lambda step, latents: self._check_time(step),)}
 
     def finish(self, pipeline: Any) -> Path:
@@ -116,9 +115,7 @@ class Production:
         """What to raise where the video is complete and only its name could not be given."""
         if not self.sink.part.is_file():
             return None
-        latents = self.run.safe_latents()
-        kept = f"; its latents are in {str(latents)!r}" if latents and self.job.care.latents is None else ""
-        return OutputError(f"{error}{kept}")
+        return OutputError("; or ".join(filter(None, (str(error), self._way_on(holds_work(self.run.folder))))))
 
     def _rescued(self, pipeline: Any, error: OutputError) -> OutputError:
         """The file could not be written: decode again into PNG frames, and say where they and the latents are."""
@@ -136,7 +133,7 @@ class Production:
             with held(answer=False):
                 frames.restart()
             kept = again or "nothing could be kept, as no file can be written here"
-            return OutputError(f"{error}, nor its frames as PNG ({second or 'interrupted'}); {kept}")
+            return OutputError(f"{error}, nor its frames as PNG ({str(second) or 'interrupted'}); {kept}")
         return OutputError("; ".join(filter(None, (f"{error}. All frames are in {str(frames.folder)!r}", again))))
 
     def _way_on(self, more_than_record: bool) -> str:
@@ -156,7 +153,7 @@ class Production:
             self.terminal.note(f"the video is saved, its latents stay in {str(self.run.folder)!r} ({error})")
 
     def _check_time(self, step: Step | None = None) -> None:
-        if self._end is not None and time.monotonic() > self._end:
+        if self._limit is not None and self.terminal.spent() > self._limit:
             where = f"step {step.index + 1} of {step.count}" if step else "decoding"
             raise GenerationFailed(f"--timeout_s {self.job.care.timeout_s:g}: the time was up at {where}")
 

@@ -76,6 +76,17 @@ class Terminal:
             self.stages.append((name, self.clock() - since))
             self._stage = None
 
+    def end_line(self) -> None:
+        """A line that is being redrawn stays as it is."""
+        if self._open_line:
+            self._open_line = False
+            self._write("\n")
+
+    def spent(self) -> float:
+        """Seconds of all stages so far."""
+        running = 0.0 if self._stage is None else self.clock() - self._stage[1]
+        return sum(seconds for _, seconds in self.stages) + running
+
     def times(self) -> str:
         """Seconds per stage, equal names added up."""
         total: dict[str, float] = {}

@@ -68,20 +68,41 @@ class Wanted:
         return f"{self.width}*{self.height}"
 
 
-def resolve(args: argparse.Namespace, like: Wanted | None = None) -> Wanted:
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The part of a request that says which weights make it: the same for all jobs of a queue."""
+
+    task: str
+    checkpoint: Path | None
+    repository: hub.Repository | None
+    why: Mapping[str, str]
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """What `resolve` finds out about task and checkpoint. Raises BadRequest or BadCheckpoint."""
+    from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+
+    why: dict[str, str] = {}
+    repository = hub.named(args.ckpt_dir, offline=bool(args.offline))
+    task = _task(args, repository, WAN_CONFIGS, SUPPORTED_SIZES, why)
+    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS)
+    return Source(task=task, checkpoint=checkpoint, repository=repository, why=why)
+
+
+def resolve(args: argparse.Namespace, source: Source | None = None) -> Wanted:
     """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs.
 
     Of a Hugging Face repository it looks at no more than that: `fetch` brings the rest once everything else is checked.
-    `like` was resolved from the same checkpoint, which is not looked at again.
+    A `source` that is known is not looked for again.
     """
     from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 
     why: dict[str, str] = {}
-    if like is None:
+    if source is None:
         repository = hub.named(args.ckpt_dir, offline=bool(args.offline))
         task = _task(args, repository, WAN_CONFIGS, SUPPORTED_SIZES, why)
     else:
-        repository, task, why["task"] = like.repository, like.task, like.why["task"]
+        repository, task, why["task"] = source.repository, source.task, source.why["task"]
     config = WAN_CONFIGS[task]
     width, height = _size(args, task, config, SUPPORTED_SIZES[task], why)
     fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
@@ -94,7 +115,7 @@ def resolve(args: argparse.Namespace, like: Wanted | None = None) -> Wanted:
         why |= inputs.why
     check_video(height, width, num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
     sampling = _sampling(args, config, why)
-    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS) if like is None else like.checkpoint
+    checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS) if source is None else source.checkpoint
     return Wanted(
         task=task,
         config=config,
