@@ -1,0 +1,1 @@
+"""Rewriting a short prompt into one as detailed as the models were trained on, by a language model."""
