@@ -188,7 +188,7 @@ class Hinting(Adapter):
         self.blocks.append(block)
 
     def sides(self, tokens: Tensor, inputs: BlockInputs, condition: Condition) -> None:
-        inputs.residuals[1] = lambda: 0.1 * inputs.run_block(self.blocks[0], tokens, inputs)
+        inputs.residuals[1] = lambda behind: 0.1 * inputs.run_block(self.blocks[0], tokens - behind, inputs)
 
 
 @torch.no_grad()

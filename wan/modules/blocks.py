@@ -32,6 +32,7 @@ __all__ = [
     "BlockInputs",
     "WanAttentionBlock",
     "WanCrossAttention",
+    "WanI2VCrossAttention",
     "WanLayerNorm",
     "WanRMSNorm",
     "WanSelfAttention",
@@ -74,12 +75,14 @@ class BlockInputs:
     """Adapters' tensors (audio, face, image), batch first."""
     aligned: dict[str, Tensor] = field(default_factory=dict, metadata={"token": 1})
     """Adapters' tensors that run along the tokens, [B, L, ...]."""
-    residuals: dict[int, Callable[[], Tensor]] = field(default_factory=dict)
-    """Evaluated and added after the block of that number, one at a time."""
+    residuals: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    """Given the tokens behind the block of that number, what is added to them; one is evaluated at a time."""
     constant_rows: Mapping[float, int] = field(default_factory=dict)
     """Row of each constant timestep that an adapter asked for."""
     branches: tuple[str, ...] = ("cond",)
     """Names of the equal parts of the batch."""
+    expert: str = "dit"
+    """Whose forward this is: names what an adapter keeps in the condition."""
     run_block: RunBlock = call_block
     """How adapters run their own blocks."""
     gather: Callable[[Tensor], Tensor] = keep
@@ -188,6 +191,30 @@ class WanCrossAttention(WanSelfAttention):
         return self.merge(out, q, inputs, x.dtype)
 
 
+class WanI2VCrossAttention(WanCrossAttention):
+    """Attention to the text and, with keys and values of their own, to the tokens in `inputs.features["clip"]`."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: tuple[int, int] = (-1, -1), qk_norm: bool = True, eps: float = 1e-6
+    ) -> None:
+        super().__init__(dim, num_heads, window_size, qk_norm, eps)
+        self.k_img = nn.Linear(dim, dim)
+        self.v_img = nn.Linear(dim, dim)
+        self.norm_k_img = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
+        # Its own seam: what is done to the attention to the text is not meant for images.
+        self.attend_image: Attend = sdpa
+
+    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs, dtype: torch.dtype) -> Tensor:
+        k, v = project(inputs.features["clip"], self.k_img, self.v_img)
+        k = self.heads(self.norm_k_img(k))
+        image = self.attend_image(q.to(v.dtype), k.to(v.dtype), self.heads(v), None)
+        return super().merge(out + image, q, inputs, dtype)
+
+
+CROSS_ATTENTION = {"i2v_cross_attn": WanI2VCrossAttention}
+"""Upstream's name -> class; every other name is attention to the text alone."""
+
+
 class FeedForward(nn.Sequential):
     """Linear, tanh-GELU, Linear, under upstream's keys `0` and `2`."""
 
@@ -219,7 +246,8 @@ class WanAttentionBlock(nn.Module):
         self.norm1 = WanLayerNorm(dim, eps)
         self.self_attn = WanSelfAttention(dim, num_heads, window_size, qk_norm, eps)
         self.norm3 = WanLayerNorm(dim, eps, elementwise_affine=True) if cross_attn_norm else nn.Identity()
-        self.cross_attn = WanCrossAttention(dim, num_heads, (-1, -1), qk_norm, eps)
+        cross_attention = CROSS_ATTENTION.get(cross_attn_type, WanCrossAttention)
+        self.cross_attn = cross_attention(dim, num_heads, (-1, -1), qk_norm, eps)
         self.norm2 = WanLayerNorm(dim, eps)
         self.ffn = FeedForward(dim, ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)

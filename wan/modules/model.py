@@ -24,12 +24,17 @@ from wan.engine.ops.rope import grid_table
 from wan.engine.types import Condition, Layout, Step
 from wan.modules.blocks import Adapter, BlockInputs, RunBlock, WanAttentionBlock, call_block
 from wan.modules.embedding import Head, linear32, patchify, sinusoidal_embedding_1d, unpatchify
+from wan.modules.image_embedding import BRANCH, ImageAdapter, ImageCondition, MLPProj
+from wan.modules.image_embedding import NAME as CLIP
 
 __all__ = ["FrozenConfig", "Head", "WanModel", "sinusoidal_embedding_1d"]
 
 Trunk = Callable[[Tensor, BlockInputs, Condition, Step | None], Tensor]
 
-FLOAT32_KEYS = re.compile(r"(^|\.)(norm\w*|modulation|time_embedding|time_projection|head)\.|(^|\.)modulation$")
+FLOAT32_KEYS = re.compile(
+    r"(^|\.)(norm\w*|modulation|time_embedding|time_projection|head)\.|(^|\.)modulation$|"
+    r"^img_emb\.(proj\.[04]\.|emb_pos$)"
+)
 
 
 class FrozenConfig(dict[str, Any]):
@@ -43,9 +48,10 @@ class FrozenConfig(dict[str, Any]):
 
 
 class WanModel(nn.Module):
-    """The diffusion transformer of Wan: text-to-video, image channels and per-frame timesteps.
+    """The diffusion transformer of Wan: text-to-video, image channels, CLIP's image tokens and per-frame timesteps.
 
-    Source: Wan Team 2025, arXiv:2503.20314; parameter names follow `wan/modules/model.py` of Wan 2.1 and 2.2.
+    `image_dim` is the width of the image tokens, 0 for none, and `image_positions` how many of them have a position;
+    None is what 2.1 has for this `model_type` ("i2v" of 2.2 has 0: there the image comes by channels alone). Source: Wan Team 2025, arXiv:2503.20314; parameter names follow `wan/modules/model.py` of Wan 2.1 and 2.2.
     """
 
     def __init__(
@@ -65,9 +71,15 @@ class WanModel(nn.Module):
         qk_norm: bool = True,
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
+        *,
+        image_dim: int | None = None,
+        image_positions: int | None = None,
     ) -> None:
         super().__init__()
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        branch = BRANCH.get(model_type, (0, 0))
+        image_dim = branch[0] if image_dim is None else image_dim
+        image_positions = branch[1] if image_positions is None else image_positions
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "branch")}
         self.config = FrozenConfig(arguments)
         self.model_type = model_type
         self.patch_size: tuple[int, int, int] = (patch_size[0], patch_size[1], patch_size[2])
@@ -76,16 +88,20 @@ class WanModel(nn.Module):
         self.num_heads, self.num_layers, self.eps = num_heads, num_layers, eps
         self.window_size, self.qk_norm, self.cross_attn_norm = window_size, qk_norm, cross_attn_norm
 
+        cross_attention = "i2v_cross_attn" if image_dim else "t2v_cross_attn"
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, dim * 6))
         self.blocks = nn.ModuleList(
-            WanAttentionBlock("cross", dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps)
+            WanAttentionBlock(cross_attention, dim, ffn_dim, num_heads, window_size, qk_norm, cross_attn_norm, eps)
             for _ in range(num_layers)
         )
         self.head = Head(dim, out_dim, self.patch_size, eps)
         self.adapters = nn.ModuleDict()
+        if image_dim:
+            self.img_emb = MLPProj(image_dim, dim, image_positions)
+            self.adapters[CLIP] = ImageAdapter()
         self.run_block: RunBlock = call_block
         self._trunk: Trunk | None = None
         self.init_weights()
@@ -160,6 +176,7 @@ class WanModel(nn.Module):
             layout=Layout(grid, math.prod(grid)),
             constant_rows=constant_rows,
             branches=branches,
+            expert=expert,
             run_block=self.run_block,
         )
         for adapter in self._adapters():
@@ -174,7 +191,7 @@ class WanModel(nn.Module):
         for index, block in enumerate(self.blocks):
             tokens = self.run_block(block, tokens, inputs)
             if index in inputs.residuals:
-                tokens = tokens + inputs.residuals[index]()
+                tokens = tokens + inputs.residuals[index](tokens)
         return tokens
 
     def all_blocks(self) -> list[nn.Module]:
@@ -240,11 +257,17 @@ class WanModel(nn.Module):
         """
         if y is None and isinstance(clip_fea, (list, tuple)):
             clip_fea, y = None, clip_fea
-        if clip_fea is not None and "clip" not in self.adapters:
+        if clip_fea is not None and not self.config.image_dim:
             raise BadRequest("clip_fea was given, but this checkpoint has no image branch; leave it out")
         if y is not None:
             x = [torch.cat((latents, extra)) for latents, extra in zip(x, y, strict=True)]
-        return self.run_lists(x, t, context, seq_len, lambda members, texts: Condition(context=texts))
+        image = None
+        if isinstance(clip_fea, Tensor):  # of several images a sample has, one after the other
+            image = clip_fea.reshape(len(x), -1, clip_fea.shape[-1])
+        return self.run_lists(
+            x, t, context, seq_len,
+            lambda members, texts: ImageCondition(context=texts, image=None if image is None else image[members]),
+        )  # fmt: skip
 
     def run_lists(
         self,
@@ -333,7 +356,7 @@ class WanModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        omitted = ("patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm")
+        omitted = {"patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm", "image_dim", "image_positions"}
         config = {"_class_name": type(self).__name__} | {k: v for k, v in self.config.items() if k not in omitted}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}

@@ -103,7 +103,7 @@ class VaceAdapter(Adapter):
             return hint * scale
 
         for index, block in zip(self.after, self.blocks, strict=True):
-            inputs.residuals[index] = lambda block=block: hint(block)
+            inputs.residuals[index] = lambda tokens, block=block: hint(block)
 
 
 class VaceWanModel(WanModel):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan.engine.ops.rope import bands, grid_table, rotate
+from wan.engine.ops.rope import bands, grid_table, places_table, rotate
 
 
 def multiplier(grid: tuple[int, int, int], head_dim: int) -> Tensor:
@@ -31,6 +31,15 @@ def test_rotation_equals_complex_product_in_float64(head_dim: int) -> None:
     expected = torch.view_as_real(pairs * multiplier(grid, head_dim)).flatten(-2)
     # float32 cosine times float32 value: a few units in the last place.
     torch.testing.assert_close(rotate(x, grid_table(grid, head_dim)).double(), expected, rtol=0, atol=1e-6)
+
+
+def test_places_before_the_first_frame_turn_the_other_way() -> None:
+    later, earlier = (places_table(([frame], [2, 5], [1, 3, 4]), 24) for frame in (3, -3))
+    frame = bands(24)[0] // 2
+    torch.testing.assert_close(earlier[:, :, :frame], later[:, :, :frame] * torch.tensor([1.0, -1.0]))
+    assert torch.equal(earlier[:, :, frame:], later[:, :, frame:])
+    grid = grid_table((4, 6, 5), 24).view(4, 6, 5, 1, 12, 2)
+    assert torch.equal(later.view(1, 2, 3, 1, 12, 2), grid[3:][:, [2, 5]][:, :, [1, 3, 4]])
 
 
 def test_bands_of_a_published_head() -> None:

@@ -29,11 +29,19 @@ def axis_table(positions: Sequence[int] | Tensor, channels: int, theta: float = 
 
 
 def grid_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None) -> Tensor:
-    """(cos, sin) of every token of a grid as float32 [L, 1, D / 2, 2]; tokens run frame, row, column.
+    """(cos, sin) of every token of a grid as float32 [L, 1, D / 2, 2]; tokens run frame, row, column."""
+    return places_table((range(grid[0]), range(grid[1]), range(grid[2])), head_dim, device)
+
+
+def places_table(
+    places: tuple[Sequence[int], Sequence[int], Sequence[int]], head_dim: int, device: torch.device | str | None = None
+) -> Tensor:
+    """`grid_table` of a grid whose frames, rows and columns stand at these places, which may be negative.
 
     Only the three short axis tables are computed and copied; the grid is spread out on `device`.
     """
-    axes = [axis_table(range(size), width) for size, width in zip(grid, bands(head_dim), strict=True)]
+    grid = (len(places[0]), len(places[1]), len(places[2]))
+    axes = [axis_table(each, width) for each, width in zip(places, bands(head_dim), strict=True)]
     views = ((grid[0], 1, 1), (1, grid[1], 1), (1, 1, grid[2]))
     spread = [
         axis.to(device).view(*view, *axis.shape[1:]).expand(*grid, -1, -1)
