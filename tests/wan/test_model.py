@@ -52,7 +52,14 @@ SIZES = {
     "t2v-1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
     "t2v-14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
     "t2v-A14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
-    "i2v-A14B": {"model_type": "i2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+    "i2v-14B": {"model_type": "i2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+    "flf2v-14B": {
+        "model_type": "flf2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40,
+    },
+    "i2v-A14B": {
+        "model_type": "i2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40,
+        "image_dim": 0,
+    },
     "ti2v-5B": {
         "model_type": "ti2v", "in_dim": 48, "out_dim": 48, "dim": 3072, "ffn_dim": 14336, "num_heads": 24,
         "num_layers": 30,

@@ -10,7 +10,11 @@ from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
 def transformer_config(sizes: Any) -> dict[str, Any]:
     """Arguments of `WanTransformer3DModel` for the config of a `WanModel`, or of its VACE form for VACE's."""
     vace = {"vace_layers": "vace_layers", "vace_in_dim": "vace_in_channels"}
-    return {theirs: sizes[name] for name, theirs in vace.items() if name in sizes} | {
+    fields = {theirs: sizes[name] for name, theirs in vace.items() if name in sizes}
+    if sizes.image_dim:
+        fields |= {"image_dim": sizes.image_dim, "added_kv_proj_dim": sizes.dim}
+        fields |= {"pos_embed_seq_len": sizes.image_positions} if sizes.image_positions else {}
+    return fields | {
         "patch_size": list(sizes.patch_size),
         "num_attention_heads": sizes.num_heads,
         "attention_head_dim": sizes.dim // sizes.num_heads,

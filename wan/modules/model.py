@@ -51,7 +51,8 @@ class WanModel(nn.Module):
     """The diffusion transformer of Wan: text-to-video, image channels, CLIP's image tokens and per-frame timesteps.
 
     `image_dim` is the width of the image tokens, 0 for none, and `image_positions` how many of them have a position;
-    None is what 2.1 has for this `model_type` ("i2v" of 2.2 has 0: there the image comes by channels alone). Source: Wan Team 2025, arXiv:2503.20314; parameter names follow `wan/modules/model.py` of Wan 2.1 and 2.2.
+    None is what 2.1 has for this `model_type` ("i2v" of 2.2 has 0: there the image comes by channels alone).
+    Source: Wan Team 2025, arXiv:2503.20314; parameter names follow `wan/modules/model.py` of Wan 2.1 and 2.2.
     """
 
     def __init__(
@@ -356,7 +357,8 @@ class WanModel(nn.Module):
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        omitted = {"patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm", "image_dim", "image_positions"}
+        omitted = ("patch_size", "text_dim", "window_size", "qk_norm", "cross_attn_norm")
+        omitted += ("image_dim", "image_positions")  # ours: the weights tell
         config = {"_class_name": type(self).__name__} | {k: v for k, v in self.config.items() if k not in omitted}
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}

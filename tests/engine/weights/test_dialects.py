@@ -40,7 +40,7 @@ def test_other_networks_are_not_taken_for_wans(key: str) -> None:
 
 def test_keys_that_nothing_translates_stay_as_they_are() -> None:
     dialect = Dialect("model.", DIFFUSERS_DIT, left_out=("spare",))
-    for key in ("model.condition_embedder.image_embedder.norm1.weight", "other.proj_out.bias"):
+    for key in ("model.condition_embedder.audio_embedder.norm1.weight", "other.proj_out.bias"):
         assert dialect.ours(key) == key and dialect.theirs(key) == key
     assert dialect.ours("spare") is None
     assert dialect.ours("model.proj_out.bias") == "head.head.bias"

@@ -49,11 +49,14 @@ class Attention(Optimization):
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if name not in engine.expert_names:
             return
-        layers: list[Any] = [part for part in module.modules() if vars(part).get("attend") is backends.sdpa]
+        # Those with a window of their own keep the path that knows it.
+        seams: list[tuple[Any, str]] = [
+            (part, seam) for part in module.modules() for seam, value in vars(part).items() if value is backends.sdpa
+        ]
         chosen, attend, reason = backends.choose(
-            self.attention, engine.hardware, main_dtype(module), layers[0].head_dim if layers else WAN_HEAD_DIM
+            self.attention, engine.hardware, main_dtype(module), seams[0][0].head_dim if seams else WAN_HEAD_DIM
         )
-        for layer in layers:  # those with a window of their own keep the path that knows it
-            layer.attend = attend
+        for layer, seam in seams:
+            setattr(layer, seam, attend)
         engine.kernels[name] = chosen
         logging.getLogger(__name__).info("attention of %s: %s (%s)", name, chosen, reason)

@@ -81,6 +81,7 @@ def _under(ours: str, theirs: str, parts: tuple[tuple[str, str], ...]) -> tuple[
 
 _NORMS = (("norm_q", "norm_q"), ("norm_k", "norm_k"))
 _ATTENTION = (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), *_NORMS)
+_IMAGE_ATTENTION = (("k_img", "add_k_proj"), ("v_img", "add_v_proj"), ("norm_k_img", "norm_added_k"))
 
 
 def _block(name: str) -> tuple[tuple[str, str], ...]:
@@ -89,7 +90,7 @@ def _block(name: str) -> tuple[tuple[str, str], ...]:
         (f"{name}.modulation", f"{name}.scale_shift_table"),
         (f"{name}.norm3", f"{name}.norm2"),
         *_under(f"{name}.self_attn", f"{name}.attn1", _ATTENTION),
-        *_under(f"{name}.cross_attn", f"{name}.attn2", _ATTENTION),
+        *_under(f"{name}.cross_attn", f"{name}.attn2", (*_ATTENTION, *_IMAGE_ATTENTION)),
         (f"{name}.ffn.0", f"{name}.ffn.net.0.proj"),
         (f"{name}.ffn.2", f"{name}.ffn.net.2"),
     )
@@ -103,6 +104,11 @@ DIFFUSERS_DIT = KeyMap(
         ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
         ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
         ("time_projection.1", "condition_embedder.time_proj"),
+        ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
+        ("img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+        ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+        ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+        ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
         *_block("blocks.*"),
         ("head.modulation", "scale_shift_table"),
         ("head.head", "proj_out"),
@@ -112,7 +118,7 @@ DIFFUSERS_DIT = KeyMap(
         ("vace_blocks.*.after_proj", "vace_blocks.*.proj_out"),
     )
 )
-"""`WanTransformer3DModel` of text-to-video checkpoints, and `WanVACETransformer3DModel`."""
+"""`WanTransformer3DModel`, also with the image embedder of 2.1's image-to-video, and `WanVACETransformer3DModel`."""
 
 TRANSFORMERS_T5 = KeyMap(
     (
