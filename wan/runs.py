@@ -127,8 +127,8 @@ class Run:
             self._keep_state()
 
     def denoised(self, run: Denoising) -> None:
-        self._last = None
         if self._keep(self.latents_path(run.index), {"latents": run.latents}):
+            self._last = None
             (self.folder / STATE).unlink(missing_ok=True)
             return
         self._held[run.index] = run.latents.cpu()
@@ -170,10 +170,11 @@ class Run:
         self._lock.release()
 
     def _keep_state(self) -> None:
-        state, self._last = self._last, None
+        state = self._last
         # On a GPU broken latents are noticed one step late: what holds them is nothing to go on from.
         if state is not None and bool(torch.isfinite(state["latents"]).all()):
             self._keep(self.folder / STATE, state)
+        self._last = None  # only now: Ctrl-C may come while it is written
         self._written = time.monotonic()
 
     def _keep(self, path: Path, tensors: Mapping[str, Tensor]) -> bool:
@@ -254,7 +255,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """A safetensors file that appears under its name only when it is complete and on the disk."""
     from safetensors.torch import save
 
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: what a solver remembers after its first step is the latents themselves, and a file may not share memory.
+    held = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     # Through our own file: the library's are readable by their owner alone.
     write_whole(path, save(held, metadata={"format": FORMAT, "crc32": _checksum(held), **metadata}))
 
@@ -311,6 +313,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        for kept in sorted(Path(folder).glob("*.safetensors")):  # each has the record inside
+            with contextlib.suppress(BadRequest, ValueError, KeyError):
+                return dict(json.loads(read_tensors(kept)[1]["record"]))
         raise BadRequest(
             f"--resume {str(folder)!r}: no run was left there ({RECORD} cannot be read: {error})"
         ) from error

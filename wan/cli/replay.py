@@ -57,7 +57,8 @@ def apply(args: argparse.Namespace, record: Mapping[str, Any], *, source: str, s
             "have: continue with that version"
         )
     different = [f"--{name} is unknown to this version" for name in unknown]
-    values = {name: _restored(known[name], flags[name], source) for name in known if name in flags}
+    taken = {name: _restored(known[name], flags[name], source) for name in known if name in flags}
+    values = _unset(record, known) | taken
     skipped = {*_unwanted_files(args, values), *_frames(args, values, source, strict)}
     if args.preset is not None and not _preset(args, record, source, strict):
         skipped |= set(_options())
@@ -68,7 +69,7 @@ def apply(args: argparse.Namespace, record: Mapping[str, Any], *, source: str, s
     for name, value in values.items():
         spelled = getattr(args, name)
         if spelled is None:
-            if name not in skipped and _needed(args, name, value):
+            if value is not None and name not in skipped and _needed(args, name, value):
                 setattr(args, name, _present(name, value, source))
         elif not _same(name, spelled, value):
             if strict and (name in PIXELS or (_changes_bits(name) and name not in _DECODING)):
@@ -137,6 +138,11 @@ def _replayed() -> dict[str, Flag | Option]:
     named = {*PIXELS, *FILES, *OTHERS}
     options = {name: option for name, (option, _) in _options().items()}
     return {flag.dest: flag for flag in FLAGS if flag.name in named} | options
+
+
+def _unset(record: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were left to the task and the machine: what is spelled now is not what they had."""
+    return {name: None for name, value in record.get("plan", {}).items() if value is None and name in known}
 
 
 def _restored(declared: Flag | Option, value: Any, source: str) -> Any:

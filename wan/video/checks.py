@@ -48,9 +48,11 @@ def test_encode(output: Output, *, height: int = 64, width: int = 64, num_frames
     if not output.is_image:
         ffmpeg_exe()
     sink = open_sink(output)
-    sink.write(torch.zeros(3, 1 if output.is_image else 2, height, width))
-    sink.finish()
-    sink.restart()
+    try:
+        sink.write(torch.zeros(3, 1 if output.is_image else 2, height, width))
+        sink.finish()
+    finally:
+        sink.restart()
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
