@@ -77,6 +77,10 @@ FLAGS = (
     Flag("sample_shift", float, "the task's", "above 1 spends more of the steps at high noise"),
     Flag("sample_guide_scale", guidance, "the task's", "how strictly to follow the prompt; or LOW,HIGH by expert"),
     Flag("from", str, None, "repeat a video (.mp4, .png or its .json): all it was made with, but what is spelled here"),
+    Flag("use_prompt_extend", None, False, "rewrite the prompt with a language model; docs/prompt-extension.md"),
+    Flag("prompt_extend_method", str, "local_qwen", "a model here, or a service", choices=("dashscope", "local_qwen")),
+    Flag("prompt_extend_model", str, "Qwen2.5_14B, QwenVL2.5_7B; qwen-plus, qwen-vl-max", "its name or folder"),
+    Flag("prompt_extend_target_lang", str, "zh", "language of the rewritten prompt", choices=("zh", "en")),
     Flag("ckpt_dir", str, None, "checkpoint folder, or OWNER/NAME on Hugging Face; t2v-demo has its own", CHECKPOINT),
     Flag("offline", None, False, "download nothing: OWNER/NAME must be in the Hugging Face cache", CHECKPOINT),
     Flag("dit", str, None, "transformer file, of two experts the high-noise one; replaces --ckpt_dir's", CHECKPOINT),
@@ -104,7 +108,7 @@ FLAGS = (
     Flag("timeout_s", float, None, "give up after this many seconds; the run can be resumed", SAFETY),
 )
 
-_IMAGE, _EXTEND, _VACE = "image-to-video", "prompt extension", "VACE"
+_IMAGE, _VACE = "image-to-video", "VACE"
 _ANIMATE, _S2V, _PARALLEL = "Animate", "speech-to-video", "running on several GPUs"
 
 MISSING = (
@@ -132,10 +136,6 @@ MISSING = (
     Flag("ring_size", int, 1, "ring-attention degree", missing=_PARALLEL),
     Flag("t5_fsdp", None, False, "shard the text encoder", missing=_PARALLEL),
     Flag("dit_fsdp", None, False, "shard the transformer", missing=_PARALLEL),
-    Flag("use_prompt_extend", None, False, "rewrite the prompt with a language model", missing=_EXTEND),
-    Flag("prompt_extend_method", str, "local_qwen", "service", choices=("dashscope", "local_qwen"), missing=_EXTEND),
-    Flag("prompt_extend_model", str, None, "name or path of the language model", missing=_EXTEND),
-    Flag("prompt_extend_target_lang", str, "zh", "language of the result", choices=("zh", "en"), missing=_EXTEND),
 )
 # fmt: on
 

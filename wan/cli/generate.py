@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from wan.cli.extension import Extension
     from wan.cli.naming import Claims
     from wan.cli.request import Source, Wanted
     from wan.embeddings import EmbeddingCache
@@ -62,8 +63,8 @@ class Shared:
 class Job:
     """A checked command line: what to make, how to run it, where it goes. `plain` is the plan of all defaults.
 
-    `record` is what repeats the video, `embeddings` keeps those of its texts, `notes` are for the user to read before
-    it is made.
+    `record` is what repeats the video, `extend` says who rewrites its prompt first, `embeddings` keeps those of its
+    texts, `notes` are for the user to read before it is made.
     """
 
     wanted: Wanted
@@ -75,6 +76,7 @@ class Job:
     crf: int | None
     care: Care = Care()
     record: dict[str, Any] = field(default_factory=dict)
+    extend: Extension | None = None
     embeddings: EmbeddingCache | None = None
     notes: tuple[str, ...] = ()
 
@@ -102,28 +104,38 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> 
 def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
     """Check, then make the video. Raises WanError."""
     from wan.cli.args import parse
+    from wan.cli.extension import extended_and_named, tell_unused
     from wan.cli.naming import Claims
     from wan.engine.optimizations import registry
     from wan.engine.plan import options
 
     known = tuple(registry())
     args = parse(argv, options(known))
+    tell_unused(args)
     with Claims() as claims:
         if args.prompt_file is not None:
             from wan.cli.queue import run_queue
 
             return run_queue(args, known, default_preset, claims, terminal)
-        return make(check(args, known, default_preset, claims), terminal, print_plan=bool(args.print_plan))
+        job = check(args, known, default_preset, claims)
+        announce(job, terminal)
+        if args.print_plan:
+            return 0
+        return make(extended_and_named(args, job, claims, terminal), terminal)
 
 
-def make(job: Job, terminal: Terminal, *, print_plan: bool = False) -> int:
-    """Announce, generate, save."""
+def announce(job: Job, terminal: Terminal) -> None:
+    """Say what will be made, and how."""
     for line in start_lines(job.wanted, job.plan, job.hardware):
         terminal.line(line)
+    if job.extend is not None:
+        terminal.line(f"extend  {job.extend}")
     for line in job.notes:
         terminal.note(line)
-    if print_plan:
-        return 0
+
+
+def make(job: Job, terminal: Terminal) -> int:
+    """Generate, save."""
     path = produce(job, terminal)
     terminal.line(f"times   {terminal.times()}")
     terminal.line(f"saved   {path}")
@@ -155,6 +167,7 @@ def produce(job: Job, terminal: Terminal) -> Path:
 
 def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str, claims: Claims) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
+    from wan.cli.extension import carried
     from wan.cli.recall import recall, refuse_to_replace
     from wan.cli.request import fetch
 
@@ -164,7 +177,8 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     if not args.print_plan:
         fetch(job.wanted)
     job = recorded(args, job)
-    return dataclasses.replace(job, notes=(*recalled.notes, *recalled.differences(job.record)))
+    job = dataclasses.replace(job, notes=(*recalled.notes, *recalled.differences(job.record)))
+    return carried(job, recalled.repeated)
 
 
 def recorded(args: argparse.Namespace, job: Job) -> Job:
@@ -186,6 +200,7 @@ def examine(
     shared: Shared | None = None,
 ) -> Job:
     """The job but for its record, with all checks that come before anything is downloaded."""
+    from wan.cli import extension
     from wan.cli.presets import make_plan
     from wan.cli.request import resolve
     from wan.engine.plan import Plan
@@ -196,7 +211,7 @@ def examine(
     output = _output(args, wanted, claims, shared.tried if shared is not None else set())
     return Job(
         wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
-        crf=args.crf, care=care,
+        crf=args.crf, care=care, extend=extension.asked(args, wanted),
     )  # fmt: skip
 
 

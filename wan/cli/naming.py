@@ -206,13 +206,19 @@ class Claims:
                 return path
         raise AssertionError("names never end")
 
+    def give_back(self, path: Path) -> None:
+        """Let go of a name, if it is one of these."""
+        if path in self._held:
+            self._held.remove(path)
+            with contextlib.suppress(OSError):  # gone, or with something in it that must stay
+                run_folder(path).rmdir()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for path in self._held:
-            with contextlib.suppress(OSError):  # gone, or with something in it that must stay
-                run_folder(path).rmdir()
+        for path in list(self._held):
+            self.give_back(path)
 
 
 def _render(pieces: Sequence[_Piece], values: Mapping[str, str | int]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.cli import record
+from wan.cli.extension import asked_for
 from wan.cli.generate import Job, Shared, examine, machine, names_file, recorded
 from wan.cli.naming import Claims, run_folder
 from wan.cli.prompts import Entry, read_entries
@@ -162,7 +163,8 @@ def _key(job: Job, entry: Entry) -> str:
     """Hash of all that makes the video, and of the name its file has to have."""
     inputs = {name: each.get("hash") for name, each in job.record.get("inputs", {}).items()}
     file = str(Path(entry.args.save_file).expanduser().absolute()) if names_file(entry.args) else None
-    return _hash({"flags": job.record["flags"], "inputs": inputs, "file": file})
+    extend = {} if job.extend is None else {"extend": job.extend.settings}
+    return _hash({"flags": job.record["flags"], "inputs": inputs, "file": file, **extend})
 
 
 def _hash(value: Any) -> str:
@@ -211,4 +213,5 @@ def _own_run(item: Item, folder: Path) -> Path | None:
 
 
 def _same(made: dict[str, Any], item: Item) -> bool:
-    return made.get("flags") == item.job.record["flags"] and weights_of(made) == weights_of(item.job.record)
+    same = asked_for(made) == asked_for(item.job.record, item.job.extend)
+    return same and weights_of(made) == weights_of(item.job.record)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.cli import memory, pipelines
+from wan.cli.extension import carried_on, extended
 from wan.cli.generate import output_path, save, whole
 from wan.cli.planning import Item, Queue, plan_queue, weights_of
 from wan.cli.production import Production
@@ -43,11 +44,13 @@ def run_queue(
 ) -> int:
     """Make the videos of --prompt_file and return their worst exit status. Raises WanError before the first begins."""
     queue = plan_queue(args, registry, default_preset)
+    if not args.print_plan:
+        queue.results.begin()
     for line in announcement(queue):
         terminal.line(line)
     if args.print_plan:
         return 0
-    queue.results.begin()
+    queue = worded(queue, terminal)
     runner = Runner(queue, claims, terminal)
     for group in groups(queue):
         runner.make(group)
@@ -62,8 +65,21 @@ def announcement(queue: Queue) -> list[str]:
     made = sum(item.made is not None for item in queue.items)
     again = f", {made} of them made before" if made else ""
     seeds = "" if queue.drawn_seed is None else f"; seeds from {queue.drawn_seed} on (drawn)"
+    lines += [] if first.extend is None else [f"extend  {first.extend}"]
     lines.append(f"queue   {len(queue.items)} videos{again}{seeds}; results in {queue.results.path}")
     return lines + [f"note: {note}" for note in queue.notes]
+
+
+def worded(queue: Queue, terminal: Terminal) -> Queue:
+    """The queue with its prompts extended where that is asked for; a run that goes on keeps the one it has."""
+    items = [
+        item if item.resume is None else dataclasses.replace(item, job=carried_on(item.job, item.resume))
+        for item in queue.items
+    ]
+    waiting = [item for item in items if item.made is None]
+    jobs = dict(zip((item.index for item in waiting), extended([item.job for item in waiting], terminal), strict=True))
+    items = [dataclasses.replace(item, job=jobs.get(item.index, item.job)) for item in items]
+    return dataclasses.replace(queue, items=items)
 
 
 def groups(queue: Queue) -> Iterator[list[Item]]:

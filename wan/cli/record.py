@@ -328,7 +328,7 @@ def _checked(text: str, path: Path) -> dict[str, Any]:
             f"--from {str(path)!r}: its record has format {record['format']}, made by version {record.get('version')}; "
             f"this is {wan.__version__}, which reads {FORMAT}: use that version, or spell the flags"
         )
-    for name in ("flags", "plan", "versions", "device", "weights", "inputs", "output", "result"):
+    for name in ("flags", "prompt_extension", "plan", "versions", "device", "weights", "inputs", "output", "result"):
         if not isinstance(record.get(name, {}), dict):
             raise BadRequest(f"--from {str(path)!r}: {name!r} in its record is no table; spell the flags instead")
     return record

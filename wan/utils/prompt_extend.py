@@ -133,7 +133,7 @@ class DashScopePromptExpander(PromptExpander):
         key = (api_key or os.environ.get("DASH_API_KEY") or "").strip()
         if not key:
             raise BadRequest("there is no key for DashScope: set the environment variable DASH_API_KEY")
-        name = model_name or ("qwen-vl-max" if is_vl else "qwen-plus")
+        name = dashscope_model(model_name, is_vl=is_vl)
         service = Service(
             key=key, model=name, address=os.environ.get("DASH_API_URL") or ADDRESS, sees=is_vl,
             tries=max(1, retry_times), timeout_s=timeout_s,
@@ -154,10 +154,21 @@ class QwenPromptExpander(PromptExpander):
         offline: bool = False,
     ) -> None:
         """`device`: a number is a CUDA device, or the CPU where there are none. `offline`: download nothing."""
-        name = model_name or ("QwenVL2.5_7B" if is_vl else "Qwen2.5_14B")
+        name = local_model(model_name, is_vl=is_vl)
         self.device = _device(device)
-        model = LocalModel(QWEN_NAMES.get(name, name), device=self.device, offline=offline)
-        super().__init__(model, model.name, task, is_vl=is_vl, max_area=PICTURE_AREA)
+        model = LocalModel(name, device=self.device, offline=offline)
+        super().__init__(model, name, task, is_vl=is_vl, max_area=PICTURE_AREA)
+
+
+def dashscope_model(name: str | None, *, is_vl: bool) -> str:
+    """`name`, or the service's model that is asked by default."""
+    return name or ("qwen-vl-max" if is_vl else "qwen-plus")
+
+
+def local_model(name: str | None, *, is_vl: bool) -> str:
+    """Folder or Hugging Face name of a model on this machine: short names spelled out, None the default."""
+    name = name or ("QwenVL2.5_7B" if is_vl else "Qwen2.5_14B")
+    return QWEN_NAMES.get(name, name)
 
 
 def _device(device: Any) -> torch.device:
