@@ -15,7 +15,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 
-def velocity(
+def velocity(  # noqa: PLR0913
     state: State, *, heads: int, inject: Sequence[int], text_len: int, x: Tensor, t: float, text: Tensor, ref: Tensor,
     motion: Tensor, pose: Tensor, audio: Tensor, motion_frames: tuple[int, int], drop_motion: bool,
 ) -> Tensor:  # fmt: skip
@@ -76,7 +76,7 @@ def audio_tokens(w: State, audio: Tensor, before: int, first: int) -> tuple[Tens
 
 
 def causal(w: State, name: str, x: Tensor, stride: int) -> Tensor:
-    """[C, T] -> [C', ceil(T / stride)]; each output sees the past alone, the first entry standing for what was before."""
+    """[C, T] -> [C', ceil(T / stride)]; each output sees the past alone, the first entry stands for what was before."""
     past = torch.cat([x[:, :1], x[:, :1], x], 1)
     kernel, bias = w[f"{name}.weight"], w[f"{name}.bias"]
     columns = [
@@ -105,17 +105,12 @@ def motion_tokens(w: State, motion: Tensor, rows: int, columns: int) -> tuple[Te
     places = [(-1, r, c) for r in range(rows) for c in range(columns)]
     places += [(-3, r, c) for r in spread(rows // 2, rows) for c in spread(columns // 2, columns)]
     places += [
-        (f, r, c)
-        for f in (-19, -14, -9, -4)
-        for r in spread(rows // 4, rows)
-        for c in spread(columns // 4, columns)
+        (f, r, c) for f in (-19, -14, -9, -4) for r in spread(rows // 4, rows) for c in spread(columns // 4, columns)
     ]
     return torch.cat(tokens), places
 
 
-def block(
-    w: State, name: str, x: Tensor, text: Tensor, turn: Tensor, rows: Sequence[Tensor], heads: int
-) -> Tensor:
+def block(w: State, name: str, x: Tensor, text: Tensor, turn: Tensor, rows: Sequence[Tensor], heads: int) -> Tensor:
     m = torch.stack([w[f"{name}.modulation"][0] + row for row in rows])  # [L, 6, D]
     a = norm(x) * (1 + m[:, 1]) + m[:, 0]
     x = x + m[:, 2] * attention(w, f"{name}.self_attn", a, a, heads, turn)
