@@ -56,7 +56,7 @@ def serve() -> None:
     WAN_CONFIGS["t2v-A14B"] = pickle.loads(Path(sys.argv[1]).read_bytes())
     for line in sys.stdin:
         job = json.loads(line)
-        if job.get("here"):  # once, so that every child finds all modules imported
+        if job.get("here"):  # at first, so that every child finds all modules imported
             answer = main(job["argv"])
         else:
             pid = os.fork()

@@ -45,7 +45,20 @@ class Driver:
                 [sys.executable, str(DRIVER), str(described)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=log, text=True, env=environment,
             )  # fmt: skip
-        assert self._ask({"here": True, "argv": [*self.argv(), "--save_file", str(folder / "warm.mp4")]}) == 0
+        assert self.here([*self.argv(), "--save_file", str(folder / "warm.mp4")]) == 0
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def status(self, name: str) -> int:
+        """A number that Linux knows of the driver, such as VmRSS in KiB."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+    def here(self, argv: Sequence[str]) -> int:
+        """The exit status of `generate.py` with `argv` in the driver itself, as in a service."""
+        return self._ask({"here": True, "argv": list(argv)})
 
     def argv(self, *, video: bool = True, checkpoint: Path | None = None) -> list[str]:
         task = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint or self.checkpoint), "--prompt", "a red bird"]

@@ -195,14 +195,11 @@ ROWS = (
 
 
 def matrix() -> list[tuple[str, str, str, str, str]]:
-    """(stage, fault, exit status, what is kept, how to go on) for readers."""
-    return [
-        (
-            row.stage,
-            row.fault,
-            str(row.status) if row.status >= 0 else "-",
-            row.kept,
-            f"`{row.go_on}`" if row.go_on.startswith("-") else row.go_on or "-",
-        )
-        for row in ROWS
-    ]
+    """(stage, fault, status, what is kept, how to go on) for readers."""
+    rows = []
+    for row in ROWS:
+        go_on = f"`{row.go_on}`" if row.go_on.startswith("-") else row.go_on or "-"
+        if row.status == 2 and ".run" in row.damage:
+            go_on += ", without that file"
+        rows.append((row.stage, row.fault, str(row.status) if row.status >= 0 else "-", row.kept, go_on))
+    return rows
