@@ -14,16 +14,19 @@ import torch
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.keymap import (
     DIFFUSERS_DIT,
+    TRANSFORMERS_CLIP,
     TRANSFORMERS_T5,
     Dialect,
     KeyMap,
+    Recut,
     diffusers_vae,
     diffusers_vae22,
 )
+from wan.engine.weights.recut import RecutFile
 from wan.engine.weights.stream import WeightFile, open_weights
 
-DIT, TEXT_ENCODER, VAE = "dit", "text_encoder", "vae"
-CALLED = {DIT: "transformer", TEXT_ENCODER: "umT5 text encoder", VAE: "video VAE"}
+DIT, TEXT_ENCODER, VAE, CLIP = "dit", "text_encoder", "vae", "clip"
+CALLED = {DIT: "transformer", TEXT_ENCODER: "umT5 text encoder", VAE: "video VAE", CLIP: "CLIP image encoder"}
 SPIECE = "spiece_model"
 """Under this name ComfyUI's text encoder files carry the tokenizer: the bytes of a sentencepiece model."""
 
@@ -46,6 +49,17 @@ def _transformers_t5(prefix: str, keys: list[str]) -> Dialect:
     return Dialect(prefix, KeyMap((("token_embedding", second), *TRANSFORMERS_T5.pairs[1:])), left_out=(SPIECE,))
 
 
+def _original_clip(prefix: str, keys: list[str]) -> Dialect:
+    """The published file also has the text tower, which no video model uses."""
+    return Dialect(prefix, left_out=[key for key in keys if not key.startswith(f"{prefix}visual.")])
+
+
+def _transformers_clip(prefix: str, keys: list[str]) -> Dialect:
+    spare = [key for key in keys if not key.startswith(f"{prefix}vision_model.") or key.endswith(".position_ids")]
+    recut = Recut("to_qkv", ("q", "k", "v"), {"visual.cls_embedding": 2, "visual.pos_embedding": 1})
+    return Dialect(prefix, TRANSFORMERS_CLIP, left_out=spare, recut=recut)
+
+
 def _diffusers_vae(prefix: str, keys: list[str]) -> Dialect:
     """The map depends on how many levels there are and how many blocks each has."""
     pattern = re.compile(re.escape(prefix) + r"decoder\.up_blocks\.(\d+)\.resnets\.(\d+)\.")
@@ -62,6 +76,8 @@ _NETWORKS: tuple[tuple[str, str, Callable[[str, list[str]], Dialect]], ...] = (
     (TEXT_ENCODER, r"encoder\.block\.\d+\.layer\.", _transformers_t5),
     (VAE, r"(encoder\.down|decoder\.up)samples\.", _original),
     (VAE, r"(encoder\.down|decoder\.up)_blocks\.", _diffusers_vae),
+    (CLIP, r"visual\.transformer\.\d+\.", _original_clip),
+    (CLIP, r"vision_model\.encoder\.layers\.\d+\.", _transformers_clip),
 )
 """Network, what its blocks are called (after a prefix), and the dialect that speaks so."""
 
@@ -93,7 +109,8 @@ def open_network(path: Path, network: str) -> WeightFile:
     if found[0] != network:
         raise BadCheckpoint(f"{str(path)!r} is a {CALLED[found[0]]}, not a {CALLED[network]}")
     refuse_quantised(weights)
-    return weights.renamed(found[1])
+    renamed = weights.renamed(found[1])
+    return renamed if found[1].recut is None else RecutFile(renamed, found[1].recut)
 
 
 def refuse_quantised(weights: WeightFile) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count, pairwise
@@ -35,12 +35,22 @@ class KeyMap:
 
 
 @dataclass(frozen=True)
+class Recut:
+    """A layer that we call `name` is in parts called `of`; `leading` dims of 1 are missing from some keys (ours)."""
+
+    name: str
+    of: tuple[str, ...]
+    leading: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Dialect:
     """How one file names the weights of a network: `prefix` before each name, `names` for the rest, some left out."""
 
     prefix: str = ""
     names: KeyMap | None = None
     left_out: Collection[str] = ()
+    recut: Recut | None = None
 
     def ours(self, key: str) -> str | None:
         """Our name of the file's `key`; None for one to leave out, the key itself where nothing translates it."""
@@ -134,6 +144,25 @@ TRANSFORMERS_T5 = KeyMap(
     )
 )
 """`UMT5EncoderModel`; it lists the token embedding a second time, as `encoder.embed_tokens`."""
+
+TRANSFORMERS_CLIP = KeyMap(
+    (
+        ("visual.cls_embedding", "vision_model.embeddings.class_embedding"),
+        ("visual.patch_embedding", "vision_model.embeddings.patch_embedding"),
+        ("visual.pos_embedding", "vision_model.embeddings.position_embedding.weight"),
+        ("visual.pre_norm", "vision_model.pre_layrnorm"),
+        ("visual.post_norm", "vision_model.post_layernorm"),
+        ("visual.transformer.*.norm1", "vision_model.encoder.layers.*.layer_norm1"),
+        ("visual.transformer.*.norm2", "vision_model.encoder.layers.*.layer_norm2"),
+        ("visual.transformer.*.attn.q", "vision_model.encoder.layers.*.self_attn.q_proj"),
+        ("visual.transformer.*.attn.k", "vision_model.encoder.layers.*.self_attn.k_proj"),
+        ("visual.transformer.*.attn.v", "vision_model.encoder.layers.*.self_attn.v_proj"),
+        ("visual.transformer.*.attn.proj", "vision_model.encoder.layers.*.self_attn.out_proj"),
+        ("visual.transformer.*.mlp.0", "vision_model.encoder.layers.*.mlp.fc1"),
+        ("visual.transformer.*.mlp.2", "vision_model.encoder.layers.*.mlp.fc2"),
+    )
+)
+"""`CLIPVisionModel`, whose class and position embeddings lack our leading dims of 1, and whose `attn` is in parts."""
 
 _RESIDUAL = (
     ("residual.0", "norm1"),
