@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wan.cli.args import CHECKPOINT, FLAGS, RUN, Parser, build_parser, parse
+from wan.cli.args import CHECKPOINT, FLAGS, MISSING, RUN, Parser, build_parser, parse
 from wan.engine.errors import BadRequest, WanError
 from wan.engine.options import Option, str2bool
 from wan.engine.plan import Optimization, options
@@ -54,6 +54,7 @@ def read_entries(path: Path, args: argparse.Namespace, registry: Sequence[type[O
 def may_differ(registry: Iterable[type[Optimization]]) -> set[str]:
     """What a job may say, by the names of the namespace: what to make, where to, and the options of one call."""
     flags = {flag.dest for flag in FLAGS if flag.group not in (CHECKPOINT, RUN) and flag.name not in SHARED}
+    flags |= {flag.dest for flag in MISSING}  # the parser says what they wait for
     return flags | {o.name for kind in registry if kind.per_call for o in options((kind,))}
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import memory, pipelines
 from wan.cli.extension import carried_on, extended
-from wan.cli.generate import output_path, save, whole
+from wan.cli.generate import names_file, output_path, save, whole
 from wan.cli.planning import Item, Queue, plan_queue, weights_of
 from wan.cli.production import Production
 from wan.cli.report import Terminal, clock_time, end_lines, start_lines
@@ -217,7 +217,7 @@ class Runner:
     def _begin(self, item: Item) -> Job:
         """The job with the name of its file, which is now taken. Says that it begins."""
         job = item.job
-        if item.resume is not None:
+        if item.resume is not None and not names_file(item.entry.args):
             path = item.resume.with_name(item.resume.name.removesuffix(".run"))
         else:
             path = output_path(item.entry.args, job.wanted, self.claims)
@@ -248,6 +248,9 @@ class Runner:
 
     def _end(self, one: _Begun, error: BaseException, status: str) -> None:
         """A job has not become a video: what can be kept of it is."""
+        if one.production is not None and one.production.saved:  # but for a signal that waited until it had
+            self._succeeded(one, one.production.path)
+            return
         if one.production is not None:
             self._pipeline.progress = one.terminal
             error = one.production.failed(self._pipeline, error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -298,13 +298,14 @@ class Engine:
         each.run = run
 
     def _denoise_expert(self, waiting: Sequence[_Ongoing]) -> None:
-        """All that the expert of the first job's next step has to do, for every job that waits for it."""
+        """All that the expert of the first job's next step has to do, in one stay for every job that waits for it."""
         expert = waiting[0].segments()[0].expert
-        for each in waiting:
-            while each.segments() and each.segments()[0].expert == expert:
-                self._guarded(self._denoise_segment, each)
+        with ExitStack() as stay:
+            for each in waiting:
+                while each.segments() and each.segments()[0].expert == expert:
+                    self._guarded(partial(self._denoise_segment, stay), each)
 
-    def _denoise_segment(self, each: _Ongoing) -> None:
+    def _denoise_segment(self, stay: ExitStack, each: _Ongoing) -> None:
         job, run, forwards = each.job, cast("Denoising", each.run), cast("Forwards", each.forwards)
         segment = each.segments()[0]
         monitor = Monitor(job.progress, job.report.step_seconds)
@@ -315,7 +316,8 @@ class Engine:
                 ahead = run.steps[run.done : run.done + 1]
                 job.keeper.stepped(run, all(before(step) for before in self._resumable for step in ahead))
 
-        with self._use(segment.expert) as dit, self._seams(dit, segment, forwards) as denoiser:
+        dit = stay.enter_context(self._use(segment.expert))
+        with self._seams(dit, segment, forwards) as denoiser:
             job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
             job.report.kernels[segment.expert] = self.kernels.get(segment.expert, "sdpa")
             monitor.start(run.latents)
