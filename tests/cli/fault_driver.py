@@ -58,6 +58,7 @@ def serve() -> None:
         job = json.loads(line)
         if job.get("here"):  # at first, so that every child finds all modules imported
             answer = main(job["argv"])
+            sys.stdout.flush()  # or a child would say it again
         else:
             pid = os.fork()
             if pid == 0:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DRIVER = Path(__file__).with_name("fault_driver.py")
-SMALL = ["--size", "32x32", "--any_size", "--sample_steps", "8", "--seed", "1", "--device", "cpu", "--crf", "0"]
+SMALL = ["--size", "32x32", "--any_size", "--sample_steps", "8", "--device", "cpu", "--crf", "0"]
 FRAME_BYTES = 32 * 32 * 3
 
 
@@ -60,9 +60,12 @@ class Driver:
         """The exit status of `generate.py` with `argv` in the driver itself, as in a service."""
         return self._ask({"here": True, "argv": list(argv)})
 
-    def argv(self, *, video: bool = True, checkpoint: Path | None = None) -> list[str]:
-        task = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint or self.checkpoint), "--prompt", "a red bird"]
-        return [*task, *SMALL, "--frame_num", "5" if video else "1", "--state_every", "2"]
+    def argv(
+        self, *, video: bool = True, checkpoint: Path | None = None, bird: str = "red", seed: int = 1
+    ) -> list[str]:
+        task = ["--task", "t2v-A14B", "--ckpt_dir", str(checkpoint or self.checkpoint)]
+        what = ["--prompt", f"a {bird} bird", "--seed", str(seed)]
+        return [*task, *SMALL, *what, "--frame_num", "5" if video else "1", "--state_every", "2"]
 
     def run(self, argv: Sequence[str], cwd: Path, faults: Sequence[str] = (), **env: str) -> Result:
         """What `generate.py` with `argv` in `cwd` does when `faults` strike it."""

@@ -138,3 +138,24 @@ def test_forwards_are_counted_and_told(driver: Driver, tmp_path: Path) -> None:
     ended = driver.run([*driver.argv(video=False), "--save_file", "clip.png"], tmp_path)
     told = r"^ran     forwards high 6 uncond \+ 6 cond, low 2 uncond \+ 2 cond, as planned$"
     assert re.search(told, ended.err, flags=re.MULTILINE), ended.err
+
+
+def test_queue_ended_by_signals_goes_on_with_the_same_command(
+    driver: Driver, tmp_path: Path, straight: dict[str, str]
+) -> None:
+    """Ended while the first video gets its name, then in the middle of the second, then killed there."""
+    (tmp_path / "prompts.txt").write_text("a red bird\na blue bird\n")
+    alone = [*driver.argv(video=False, bird="blue", seed=2), "--save_file", "alone.png"]
+    assert driver.run(alone, tmp_path).status == 0
+    argv = [*driver.argv(video=False), "--prompt_file", "prompts.txt", "--name", "{index}"]
+    del argv[argv.index("--prompt") : argv.index("--prompt") + 2]
+    made = {"alone.png", "alone.png.json", "1.png", "1.png.json"}
+    for fault, status in (("rename:1.png term", 143), ("step:4 ctrl-c", 130), ("step:7 kill", KILLED)):
+        ended = driver.run(argv, tmp_path, [fault])
+        assert ended.status == status, ended.err
+        assert {name for name in listing(tmp_path) if name.endswith((".png", ".json"))} - {"2.png.run/run.json"} == made
+        assert frames(tmp_path / "1.png") == straight["clip.png"]
+    ended = driver.run(argv, tmp_path)
+    assert ended.status == 0 and "continuing after step 6 of 8" in ended.err, ended.err
+    assert {name for name in listing(tmp_path) if ".png" in name} == made | {"2.png", "2.png.json"}
+    assert frames(tmp_path / "2.png") == frames(tmp_path / "alone.png")
