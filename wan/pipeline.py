@@ -237,7 +237,7 @@ def check_request(request: Request, config: Any) -> None:
     check_video(
         request.height,
         request.width,
-        request.num_frames,
+        family_of(request.task).shot_frames(request),
         stride=tuple(config.vae_stride),
         patch=tuple(config.patch_size),
     )

@@ -52,7 +52,7 @@ class Recorder:
         self.notes.append(text)
 
 
-def decoded(vae: Vae, tiling: Tiling | None = None, side: int = 96) -> tuple[Recorder, Report]:
+def decoded(vae: Vae, tiling: Tiling | None = None, side: int = 96, index: int = 0) -> tuple[Recorder, Report]:
     recorder, report = Recorder(), Report()
 
     @contextmanager
@@ -61,7 +61,7 @@ def decoded(vae: Vae, tiling: Tiling | None = None, side: int = 96) -> tuple[Rec
         yield vae
 
     latents = torch.zeros(1, 16, 2, side, 8)
-    shot = Shot(latent_shape=(16, 2, side, 8))
+    shot = Shot(latent_shape=(16, 2, side, 8), index=index)
     Decode(use=use, shot=shot, latents=latents, sink=recorder, progress=recorder, report=report).run(tiling)
     return recorder, report
 
@@ -77,6 +77,33 @@ def test_out_of_memory_tries_the_next_way_and_writes_every_frame_once(last: int)
     assert sum(frames.shape[1] for frames in recorder.frames) == 5
     assert len(recorder.notes) == last
     assert report.decode == str(LADDER[last])
+
+
+@pytest.mark.parametrize("last", range(4))
+def test_a_later_shot_goes_on_behind_what_it_has_written(last: int) -> None:
+    vae = Vae(lambda attempt: attempt == LADDER[last])
+    recorder, _ = decoded(vae, index=1)
+    assert [frames.shape[1] for frames in recorder.frames] == [1, 4]
+
+
+def test_the_next_shot_gets_the_last_frames_of_all_shots_before() -> None:
+    @contextmanager
+    def use(device: str | None) -> Iterator[nn.Module]:
+        yield Vae(lambda attempt: True)
+
+    def carried(count: int) -> Tensor | None:
+        shot = Shot(latent_shape=(16, 2, 96, 8), index=1, carry_frames=count)
+        recorder, earlier = Recorder(), torch.full((3, 3, 8, 8), 0.5)
+        return Decode(
+            use=use, shot=shot, latents=torch.zeros(1, 16, 2, 96, 8), sink=recorder, progress=recorder,
+            report=Report(), earlier=earlier,
+        ).run(None)  # fmt: skip
+
+    kept = [carried(count) for count in (0, 2, 6, 9)]
+    assert kept[0] is None
+    assert [frames[0, :, 0, 0].tolist() for frames in kept[1:] if frames is not None] == [
+        [1, 1], [0.5, 0, 1, 1, 1, 1], [0.5, 0.5, 0.5, 0, 1, 1, 1, 1],
+    ]  # fmt: skip
 
 
 def test_out_of_memory_everywhere_is_reported() -> None:

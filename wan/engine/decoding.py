@@ -56,7 +56,10 @@ def attempts(tiling: Tiling | None, side: int) -> list[Attempt]:
 
 @dataclass(frozen=True, kw_only=True)
 class Decode:
-    """The decoding of one shot: `use(device)` is a context that yields the VAE where it computes."""
+    """The decoding of one shot: `use(device)` is a context that yields the VAE where it computes.
+
+    `earlier` are the last frames of the shots before, which the sink has already.
+    """
 
     use: Callable[[str | None], AbstractContextManager[nn.Module]]
     shot: Shot
@@ -64,29 +67,33 @@ class Decode:
     sink: Sink
     progress: Progress
     report: Report
+    earlier: Tensor | None = None
 
     def run(self, tiling: Tiling | None) -> Tensor | None:
         """Write all frames to the sink and return those the next shot needs. Out of memory only if all fails."""
-        ways = attempts(tiling, max(self.latents.shape[3:]))
+        ways, written = attempts(tiling, max(self.latents.shape[3:])), [0]
         for attempt, after in zip(ways, [*ways[1:], None], strict=True):
             self.report.decode = str(attempt)
             try:
-                return self._attempt(attempt)
+                return self._attempt(attempt, written)
             except RuntimeError as error:
                 if after is None or not is_out_of_memory(error):
                     raise
             # Outside the handler, whose traceback would keep the failed attempt's tensors alive.
-            self.sink.restart()
+            if self.shot.index == 0:
+                self.sink.restart()
+                written[0] = 0
             free_memory()
             self.progress.note(f"out of memory while decoding {attempt}; trying again {after}")
         raise AssertionError("the last attempt returns or raises")
 
-    def _attempt(self, attempt: Attempt) -> Tensor | None:
+    def _attempt(self, attempt: Attempt, written: list[int]) -> Tensor | None:
+        """`written` counts the frames of this shot that the sink has: they are not written again."""
         latents = self.latents[:, :, self.shot.keep]
         if self.shot.prefix is not None:
             latents = torch.cat([self.shot.prefix, latents], dim=2)
         per_chunk = max(1, DECODE_PIXELS // (latents.shape[3] * latents.shape[4]))
-        tail: list[Tensor] = []
+        tail, held = [] if self.earlier is None else [self.earlier], written[0]
         with self.use(attempt.device) as vae:
             self.progress.stage("decode", "" if attempt == Attempt() else str(attempt))
             latents = latents.to(attempt.device or latents.device)
@@ -95,11 +102,14 @@ class Decode:
             for chunk in cast("Decoder", vae).decode_chunks(latents, frames_per_chunk=per_chunk, **options):
                 frames = _finite(chunk[0].float(), start).clamp_(-1, 1)
                 frames, start = trimmed(frames, start, self.shot.trim), start + frames.shape[1]
-                if frames.shape[1]:
-                    self.sink.write(frames)
                 if self.shot.carry_frames:
-                    tail = [torch.cat([*tail, frames], dim=1)[:, -self.shot.carry_frames :]]
-        return tail[0] if tail else None
+                    tail = [torch.cat([*(each.to(frames) for each in tail), frames], 1)[:, -self.shot.carry_frames :]]
+                # The sink may hold earlier shots, and cannot give back a part of what it has.
+                new, held = frames[:, held:], max(held - frames.shape[1], 0)
+                if new.shape[1]:
+                    self.sink.write(new)
+                    written[0] += new.shape[1]
+        return tail[0] if tail and self.shot.carry_frames else None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

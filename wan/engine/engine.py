@@ -79,6 +79,7 @@ class _Ongoing:
     run: Denoising | None = None
     latents: Tensor | None = None
     carry: Tensor | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
     forwards: Forwards | None = None
     failure: Exception | None = None
 
@@ -266,16 +267,17 @@ class Engine:
     def _prepare(self, each: _Ongoing) -> None:
         """Everything a denoise starts from; or the latents, where they were finished before."""
         job, shot, keeper = each.job, cast("Shot", each.shot), each.job.keeper
+        request = job.request
+        encoders = Encoders(
+            use=self._encoder, where=self.placement.device_of, device=self.device, config=job.config,
+            embeddings=self.embeddings, memo=each.memo,
+        )  # fmt: skip
         each.run = None
+        shot = each.shot = replace(shot, prefix=job.family.prefix(request, shot, encoders))
         each.latents = keeper.finished(each.index) if keeper else None
         if each.latents is not None:
             each.latents = each.latents.to(self.device)
             return
-        request = job.request
-        encoders = Encoders(
-            use=self._encoder, where=self.placement.device_of, device=self.device, config=job.config,
-            embeddings=self.embeddings,
-        )  # fmt: skip
         branches = job.family.branches(request, shot, encoders)
         steps = job.family.schedule(request, job.config)
         generator = torch.Generator(device=request.noise_device or self.device)
@@ -337,7 +339,7 @@ class Engine:
             latents = each.run.latents
         decode = Decode(
             use=partial(self._use, "vae"), shot=cast("Shot", each.shot), latents=latents, sink=job.sink,
-            progress=job.progress, report=job.report,
+            progress=job.progress, report=job.report, earlier=each.carry,
         )  # fmt: skip
         carry = decode.run(self._tiling)
         each.carry = None if carry is None else carry.to(self.device)

@@ -153,13 +153,16 @@ class Shot:
 
     `keep` selects the latents to decode, `prefix` latents are put before them, `trim` selects the frames kept,
     `anchor` leading frames belong to every window, `reseed` None lets the generator run on, and the next shot needs
-    the last `carry_frames` frames.
+    the last `carry_frames` frames of the video so far. `index` is the number of the shot, `before` the frames
+    [3, n, H, W] it goes on from.
     """
 
     latent_shape: tuple[int, int, int, int]
     known: Known | None = None
     reseed: int | None = None
     anchor: int = 0
+    index: int = 0
+    before: Tensor | None = None
     keep: slice = field(default_factory=lambda: slice(None))
     prefix: Tensor | None = None
     trim: slice = field(default_factory=lambda: slice(None))
@@ -310,6 +313,13 @@ class Encoders:
     device: torch.device
     config: Any
     embeddings: Embeddings | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, fn: Callable[[], Any]) -> Any:
+        """`fn()`, computed for the first shot that asks for `name` and kept for all shots of the request."""
+        if name not in self.memo:
+            self.memo[name] = fn()
+        return self.memo[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +334,11 @@ class Family:
     coefficients: Callable[[Request, Any], Coefficients]
     next_shot: Callable[[Request, Any, int, Tensor | None], Shot | None]
     """(request, task config, number of the shot, carried frames) -> the shot, or None after the last one. Pure."""
+    prefix: Callable[[Request, Shot, Encoders], Tensor | None] = lambda request, shot, encoders: shot.prefix
+    """The latents to decode before a shot's own, where they take an encoder to make; `branches` gets them in the shot.
+    Asked also for a shot that is only decoded."""
+    shot_frames: Callable[[Request], int] = lambda request: request.num_frames
+    """How many frames a shot decodes, which the VAE must be able to make; the request's are those of all shots."""
     inputs: type | None = None
     condition: type[Condition] = Condition
     encoders: tuple[str, ...] = ("text_encoder", "vae")
