@@ -23,6 +23,7 @@ _AUDIO = "casual_audio_encoder.encoder"
 
 # Field of the configuration, or beginning of a weight's name, that only this class has -> the class.
 _CLASSES = {
+    "motion_encoder": "wan.modules.animate.model_animate:WanAnimateModel",
     "vace_": "wan.modules.vace_model:VaceWanModel",
     "audio_inject": "wan.modules.s2v.model_s2v:WanModel_S2V",
 }
@@ -36,7 +37,7 @@ def build_dit(config: Mapping[str, Any], shapes: Shapes | None = None) -> WanMod
     shapes = shapes or {}
     cls = _class_of((*config, *shapes))
     known = inspect.signature(cls).parameters
-    sizes = {name: value for name, value in sizes_from(shapes).items() if name in known}
+    sizes = {name: value for name, value in sizes_from(shapes).items() if name in known} | cls.own_sizes(shapes)
     given = {key: value for key, value in config.items() if key in known and value is not None}
     for key, value in sizes.items():
         if key in given and (tuple(given[key]) if isinstance(value, tuple) else given[key]) != value:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ __all__ = ["FrozenConfig", "Head", "WanModel", "sinusoidal_embedding_1d"]
 Trunk = Callable[[Tensor, BlockInputs, Condition, Step | None], Tensor]
 
 FLOAT32_KEYS = re.compile(
-    r"(^|\.)(norm\w*|modulation|time_embedding|time_projection|head)\.|(^|\.)modulation$|"
+    r"(^|\.)((\w_)?norm\w*|modulation|time_embedding|time_projection|head)\.|(^|\.)modulation$|"
     r"^img_emb\.(proj\.[04]\.|emb_pos$)"
 )
 
@@ -336,6 +336,11 @@ class WanModel(nn.Module):
     def float32_keys(key: str) -> bool:
         """Whether a checkpoint key stays float32 in storage when the rest is `param_dtype`."""
         return FLOAT32_KEYS.search(key) is not None
+
+    @staticmethod
+    def own_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Of the arguments that only this class has, those that the shapes of a checkpoint decide."""
+        return {}
 
     @classmethod
     def from_pretrained(
