@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from wan.engine.accounting import Report
 from wan.engine.decoding import SMALL_TILE, Attempt, Decode, attempts, is_out_of_memory
+from wan.engine.errors import NonFinite
 from wan.engine.types import Shot, Tiling
 
 
@@ -122,3 +123,14 @@ def test_other_errors_are_not_mistaken_for_a_lack_of_memory() -> None:
 def test_tiles_that_would_hold_the_whole_picture_are_not_tried() -> None:
     assert attempts(None, 12) == [Attempt(), Attempt(device="cpu")]
     assert attempts(Tiling(tile=24), 96) == [Attempt(Tiling(tile=24)), Attempt(SMALL_TILE), Attempt(SMALL_TILE, "cpu")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_frames_that_are_none_are_an_error_and_not_a_black_video(value: float) -> None:
+    class Broken(Vae):
+        def decode_chunks(self, *arguments: Any, **options: Any) -> Iterator[Tensor]:
+            for chunk in super().decode_chunks(*arguments, **options):
+                yield torch.where(chunk == 1, value, chunk)
+
+    with pytest.raises(NonFinite, match="frames from 2 on hold NaN or infinity"):
+        decoded(Broken(lambda attempt: True))

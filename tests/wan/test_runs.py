@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 import wan
 from wan.engine.errors import BadRequest, GenerationFailed
 from wan.engine.types import Denoising
-from wan.runs import Latents, Run, read_latents, read_record, write_tensors
+from wan.runs import Latents, Run, read_latents, read_record, read_tensors, write_tensors
 
 SMALL: dict[str, Any] = {
     "size": (64, 48), "frame_num": 5, "shift": 12.0, "sampling_steps": 8, "guide_scale": (3.0, 4.0), "seed": 42,
@@ -219,3 +220,69 @@ def test_forwards_that_do_not_match_the_plan_are_an_error(
     pipe.engine._begin = with_cache  # type: ignore[method-assign]
     pipe.generate("a red bird", **SMALL)
     assert "low 1 uncond of 1 to 2" in pipe.report.describe_forwards()
+
+
+def test_state_of_the_first_step_can_be_written(make: Callable[..., Tensor], tmp_path: Path) -> None:
+    """There the latents are what the solver remembers: one memory under two names."""
+    straight = make()
+    run = Run(tmp_path / "run", {}, every=1)
+    run.begin()
+    with pytest.raises(Killed):
+        make(keeper=killed_after(run, 1))
+    assert torch.equal(make(keeper=Run(tmp_path / "run", {})), straight)
+
+
+def test_interruption_writes_the_last_step_whatever_was_due(make: Callable[..., Tensor], tmp_path: Path) -> None:
+    straight = make()
+    run = Run(tmp_path / "run", {}, every=100)
+    run.begin()
+    with pytest.raises(Killed):
+        make(keeper=killed_after(run, 3))
+    assert not (run.folder / "state.safetensors").exists()
+    assert run.interrupted()
+    steps: list[int] = []
+    watch = (lambda step, latents: steps.append(step.index),)
+    assert torch.equal(make(keeper=Run(tmp_path / "run", {}), observe=watch), straight)
+    assert steps == [3, 4, 5, 6, 7]
+
+
+def test_broken_latents_are_no_state_to_go_on_from(
+    make: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they are noticed a step late, when the state may have been due already."""
+    run = Run(tmp_path / "run", {}, every=2)
+    run.begin()
+    stepped = run.stepped
+
+    def broken(state: Denoising, resumable: bool) -> None:
+        if state.done == 4:
+            state.latents = state.latents * float("nan")
+        stepped(state, resumable)
+        if state.done == 4:
+            raise Killed
+
+    monkeypatch.setattr(run, "stepped", broken)
+    with pytest.raises(Killed):
+        make(keeper=run)
+    assert int(read_tensors(run.folder / "state.safetensors")[0]["done"]) == 2
+
+
+def test_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"latents": torch.ones(1, 1, 1, 1, 4)}, {})
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(BadRequest, match=r"x\.safetensors' is damaged: its checksum is another"):
+        read_latents(path)
+
+
+def test_one_process_at_a_time_has_the_folder(tmp_path: Path) -> None:
+    first, second = Run(tmp_path / "run", {}), Run(tmp_path / "run", {})
+    first.begin()
+    with pytest.raises(BadRequest, match=rf"another process \({os.getpid()}\) is at work in"):
+        second.begin()
+    first.release()
+    second.begin()
+    second.close()
+    assert not (tmp_path / "run").exists()

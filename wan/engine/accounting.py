@@ -43,7 +43,7 @@ class Forwards:
 
     def check(self) -> None:
         """Raise GenerationFailed where a count lies outside its plan."""
-        for place in self.planned.keys() | self.done.keys():
+        for place in dict.fromkeys([*self.planned, *self.done]):
             low, high = self.planned.get(place, (0, 0))
             if not low <= self.done[place] <= high:
                 expert, branch = place
