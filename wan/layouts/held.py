@@ -81,8 +81,9 @@ def _by_config(folder: Path) -> Model | None:
 
 
 def _kind(fields: dict[str, Any]) -> str:
-    if "VACE" in str(fields.get("_class_name")).upper():
-        return "vace"
+    for kind in ("vace", "animate"):
+        if kind in str(fields.get("_class_name")).lower():
+            return kind
     if "model_type" in fields:
         return str(fields["model_type"])
     channels = fields.get("in_channels")

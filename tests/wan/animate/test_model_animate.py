@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.weights.dialects import DIT, identify, open_network
+from wan.engine.weights.stream import check_fit
 from wan.modules.animate import WanAnimateModel
 from wan.modules.animate.model_animate import AnimateCondition, led_by_reference
 from wan.modules.building import build_dit
@@ -155,6 +158,23 @@ def test_a_saved_model_comes_back(tmp_path: Path) -> None:
     again = WanModel.from_pretrained(tmp_path)
     assert isinstance(again, WanAnimateModel)
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_diffusers_file_becomes_the_same_model(tmp_path: Path) -> None:
+    """Layers it splits are joined, dims of 1 put back, and the blur it does not store is the one it uses."""
+    model = tiny()
+    state = diffusers_state(model)
+    save_file({key: value.contiguous() for key, value in state.items()}, str(tmp_path / "animate.safetensors"))
+    weights = open_network(tmp_path / "animate.safetensors", DIT)
+    built = build_dit({"num_heads": 3}, weights.shapes())
+    check_fit(built, weights)
+    read = dict(weights.stream())
+    assert read.keys() == model.state_dict().keys() == weights.dtypes().keys()
+    assert all(torch.equal(value, read[key]) for key, value in model.state_dict().items())
+    name, dialect = identify(state) or ("", None)
+    assert name == DIT and dialect is not None
+    stored = {dialect.theirs(key) for key in read if "kernel" not in key and "linear1_kv" not in key}
+    assert stored <= state.keys()
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

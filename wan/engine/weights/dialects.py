@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.animate_names import diffusers_animate
 from wan.engine.weights.keymap import (
     DIFFUSERS_DIT,
     TRANSFORMERS_CLIP,
@@ -38,6 +39,8 @@ def _original(prefix: str, keys: list[str]) -> Dialect:
 
 
 def _diffusers_dit(prefix: str, keys: list[str]) -> Dialect:
+    if any(key.startswith(f"{prefix}motion_encoder.") for key in keys):
+        return diffusers_animate(prefix, keys)
     return Dialect(prefix, DIFFUSERS_DIT)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, pairwise
+
+from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint
 
@@ -36,11 +38,16 @@ class KeyMap:
 
 @dataclass(frozen=True)
 class Recut:
-    """A layer that we call `name` is in parts called `of`; `leading` dims of 1 are missing from some keys (ours)."""
+    """A layer that we call `name` is in parts called `of`, and some of our keys lack dims of 1 or are constants.
+
+    `leading` and `trailing` say how many dims are missing, `constants` have the values the file does not store.
+    """
 
     name: str
     of: tuple[str, ...]
     leading: Mapping[str, int]
+    trailing: Mapping[str, int] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weights that other files cut otherwise: three layers where we have one, or without a leading dim of 1."""
+"""Weights that other files cut otherwise: several layers where we have one, without dims of 1 or some constants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RecutFile(WeightFile):
     def __init__(self, parts: WeightFile, recut: Recut) -> None:
         super().__init__(parts.path, {}, parts.dialect)
         self._parts = parts
-        self._leading = recut.leading
+        self._recut = recut
         known = parts.shapes()
         joined: dict[str, tuple[str, ...]] = {}
         for key in known:
@@ -35,16 +35,24 @@ class RecutFile(WeightFile):
         for key, pieces in self._pieces.items():
             first = known[pieces[0]]
             rows = first[:1] if len(pieces) == 1 else (sum(known[piece][0] for piece in pieces),)
-            shapes[key] = (1,) * self._leading.get(key, 0) + rows + first[1:]
-        return shapes
+            shapes[key] = self._view(key, rows + first[1:])
+        return shapes | {key: tuple(value.shape) for key, value in self._recut.constants.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         known = self._parts.dtypes()
-        return {key: known[pieces[0]] for key, pieces in self._pieces.items()}
+        stored = {key: known[pieces[0]] for key, pieces in self._pieces.items()}
+        return stored | {key: value.dtype for key, value in self._recut.constants.items()}
 
     def stream(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        for key in self._pieces if keys is None else keys:
+        constants = self._recut.constants
+        for key in [*self._pieces, *constants] if keys is None else keys:
+            if key in constants:
+                yield key, constants[key].clone()
+                continue
             pieces = self._pieces.get(key, (key,))  # an unknown one is refused by the file itself
             found = dict(self._parts.stream(pieces))
             tensor = torch.cat([found[piece] for piece in pieces]) if len(pieces) > 1 else found[key]
-            yield key, tensor[(None,) * self._leading.get(key, 0)]
+            yield key, tensor.view(self._view(key, tuple(tensor.shape)))
+
+    def _view(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (1,) * self._recut.leading.get(key, 0) + shape + (1,) * self._recut.trailing.get(key, 0)
