@@ -121,3 +121,19 @@ def write_header() -> Callable[[Path, Mapping[str, Sequence[int]]], Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete speech-to-video checkpoint: tests/speech_models.py."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from speech_models import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("speech") / "Tiny-S2V-14B"
+    return save_checkpoint(folder, ROOT / "tests" / "wan" / "data" / "umt5-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_wav2vec(speech_checkpoint: Path) -> Path:
+    """The speech model in it."""
+    return speech_checkpoint / "wav2vec2-large-xlsr-53-english"

@@ -44,8 +44,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.resources": (),
     "wan.configs": (),
     "wan.modules": ("wan.engine.ops", "wan.engine.types", "wan.engine.errors", "wan.engine.weights"),
+    "wan.modules.s2v.audio_encoder": ("wan.conditioning", "wan.engine.errors"),  # upstream's door, which reads files
     "wan.layouts": ("wan.engine.errors", "wan.engine.weights", "wan.modules"),
-    "wan.conditioning": ("wan.modules", "wan.engine.types", "wan.engine.errors"),
+    "wan.conditioning": ("wan.modules", "wan.video", "wan.engine.types", "wan.engine.errors"),
     "wan.families": (
         "wan.modules",
         "wan.conditioning",
