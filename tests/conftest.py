@@ -137,3 +137,21 @@ def speech_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_wav2vec(speech_checkpoint: Path) -> Path:
     """The speech model in it."""
     return speech_checkpoint / "wav2vec2-large-xlsr-53-english"
+
+
+@pytest.fixture(scope="session")
+def save_chat_model() -> Callable[..., Path]:
+    """Writes a tiny chat model into a folder: tests/chat_models.py."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from chat_models import save_chat_model
+
+    return save_chat_model
+
+
+@pytest.fixture(scope="session")
+def chat_models(save_chat_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny chat models that extend prompts: `blind` reads text, `sees` also takes pictures."""
+    folder = tmp_path_factory.mktemp("chat")
+    save_chat_model(folder / "blind")
+    save_chat_model(folder / "sees", sees=True)
+    return folder

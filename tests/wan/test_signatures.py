@@ -51,6 +51,17 @@ SIGNATURES: dict[str, dict[str, Any]] = {
     "wan.utils.utils:cache_video": {"tensor": REQUIRED, "save_file": None, "fps": 30, "suffix": ".mp4", "nrow": 8},
     "wan.utils.utils:cache_image": {"tensor": REQUIRED, "save_file": REQUIRED, "nrow": 8},
     "wan.utils.utils:str2bool": {"v": REQUIRED},
+    "wan.utils.prompt_extend:DashScopePromptExpander": {
+        "api_key": None, "model_name": None, "task": None, "max_image_size": 512 * 512, "retry_times": 4,
+        "is_vl": False,
+    },
+    "wan.utils.prompt_extend:QwenPromptExpander": {"model_name": None, "task": None, "device": 0, "is_vl": False},
+    "wan.utils.prompt_extend:PromptExpander.__call__": {
+        "self": REQUIRED, "prompt": REQUIRED, "system_prompt": None, "tar_lang": "zh", "image": None, "seed": -1,
+    },
+    "wan.utils.prompt_extend:PromptOutput": {
+        "status": REQUIRED, "prompt": REQUIRED, "seed": REQUIRED, "system_prompt": REQUIRED, "message": REQUIRED,
+    },
 }  # fmt: skip
 
 DOORS = [

@@ -48,5 +48,6 @@ def _read(source: Source, max_area: int) -> Image.Image:
     scale = math.sqrt(max_area / (picture.width * picture.height))
     if scale >= 1:
         return picture
-    size = (max(1, int(picture.width * scale)), max(1, int(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
+    width = min(width, max_area // height)  # a line of pixels is still one pixel high
+    return picture.resize((width, min(height, max_area // width)), Image.Resampling.LANCZOS)
