@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -53,8 +54,10 @@ class Recorder:
         self.notes.append(text)
 
 
-def decoded(vae: Vae, tiling: Tiling | None = None, side: int = 96, index: int = 0) -> tuple[Recorder, Report]:
-    recorder, report = Recorder(), Report()
+def decoded(
+    vae: Vae, tiling: Tiling | None = None, side: int = 96, index: int = 0, recorder: Recorder | None = None
+) -> tuple[Recorder, Report]:
+    recorder, report = recorder or Recorder(), Report()
 
     @contextmanager
     def use(device: str | None) -> Iterator[nn.Module]:
@@ -134,3 +137,23 @@ def test_frames_that_are_none_are_an_error_and_not_a_black_video(value: float) -
 
     with pytest.raises(NonFinite, match="frames from 2 on hold NaN or infinity"):
         decoded(Broken(lambda attempt: True))
+
+
+def test_frames_stream_so_that_memory_does_not_grow_with_length() -> None:
+    alive: list[weakref.ref[Tensor]] = []
+    most = [0]
+
+    class Long(Vae):
+        def decode_chunks(self, *arguments: Any, **options: Any) -> Iterator[Tensor]:
+            for _ in range(40):
+                chunk = torch.zeros(1, 3, 4, 8, 8)
+                alive.append(weakref.ref(chunk))
+                most[0] = max(most[0], sum(ref() is not None for ref in alive))
+                yield chunk
+
+    class Forgetful(Recorder):
+        def write(self, frames: Tensor) -> None:
+            alive.append(weakref.ref(frames))
+
+    decoded(Long(lambda attempt: True), recorder=Forgetful())
+    assert most[0] <= 4  # two chunks and what was cut from them
