@@ -11,13 +11,20 @@ if TYPE_CHECKING:
     from wan import modules as modules
     from wan.text2video import WanT2V as WanT2V
     from wan.text2video_optimized import WanT2VOptimized as WanT2VOptimized
+    from wan.textimage2video import WanTI2V as WanTI2V
+    from wan.vace import WanVace as WanVace
 
 __version__ = "0.1.0"
 
-_CLASSES = {"WanT2V": "wan.text2video", "WanT2VOptimized": "wan.text2video_optimized"}
+_CLASSES = {
+    "WanT2V": "wan.text2video",
+    "WanT2VOptimized": "wan.text2video_optimized",
+    "WanTI2V": "wan.textimage2video",
+    "WanVace": "wan.vace",
+}
 _PACKAGES = ("configs", "distributed", "modules", "utils")
 
-__all__ = ["WanT2V", "WanT2VOptimized", "configs", "distributed", "modules"]
+__all__ = ["WanT2V", "WanT2VOptimized", "WanTI2V", "WanVace", "configs", "distributed", "modules"]
 
 
 def __getattr__(name: str) -> Any:

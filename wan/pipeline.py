@@ -61,6 +61,9 @@ class WanPipeline:
     Networks load at first use; the files' headers are read here. Raises BadCheckpoint and IncompatibleOptions.
     """
 
+    kind = "t2v"
+    """First part of the names of the tasks whose checkpoints it loads."""
+
     def __init__(
         self,
         config: Any,
@@ -102,9 +105,8 @@ class WanPipeline:
         if load_format == "auto" and checkpoint_dir is None and not files:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-        components = (
-            dummy_components(config) if load_format == "dummy" else Checkpoint(folder, config, files).components()
-        )
+        checkpoint = Checkpoint(folder, config, files, self.kind)
+        components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         self.engine: Engine = build_engine(components, plan, hardware)
         self.engine.progress = self.progress
         self.engine.embeddings = embeddings

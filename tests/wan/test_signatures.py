@@ -21,6 +21,60 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
         "offload_model": True,
     },
+    "wan:WanTI2V": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
+    },
+    "wan:WanTI2V.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "img": None, "size": (1280, 704), "max_area": 704 * 1280,
+        "frame_num": 81, "shift": 5.0, "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0,
+        "n_prompt": "", "seed": -1, "offload_model": True,
+    },
+    "wan:WanTI2V.t2v": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "size": (1280, 704), "frame_num": 121, "shift": 5.0,
+        "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True,
+    },
+    "wan:WanTI2V.i2v": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "img": REQUIRED, "max_area": 704 * 1280, "frame_num": 121,
+        "shift": 5.0, "sample_solver": "unipc", "sampling_steps": 40, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True,
+    },
+    "wan:WanVace": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False,
+    },
+    "wan:WanVace.prepare_source": {
+        "self": REQUIRED, "src_video": REQUIRED, "src_mask": REQUIRED, "src_ref_images": REQUIRED,
+        "num_frames": REQUIRED, "image_size": REQUIRED, "device": REQUIRED,
+    },
+    "wan:WanVace.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "input_frames": REQUIRED, "input_masks": REQUIRED,
+        "input_ref_images": REQUIRED, "size": (1280, 720), "frame_num": 81, "context_scale": 1.0, "shift": 5.0,
+        "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True,
+    },
+    "wan.modules.vace_model:VaceWanModel": {
+        "vace_layers": None, "vace_in_dim": None, "model_type": "vace", "patch_size": (1, 2, 2), "text_len": 512,
+        "in_dim": 16, "dim": 2048, "ffn_dim": 8192, "freq_dim": 256, "text_dim": 4096, "out_dim": 16,
+        "num_heads": 16, "num_layers": 32, "window_size": (-1, -1), "qk_norm": True, "cross_attn_norm": True,
+        "eps": 1e-6,
+    },
+    "wan.modules.vace_model:VaceWanModel.forward": {
+        "self": REQUIRED, "x": REQUIRED, "t": REQUIRED, "vace_context": REQUIRED, "context": REQUIRED,
+        "seq_len": REQUIRED, "vace_context_scale": 1.0, "clip_fea": None, "y": None,
+    },
+    "wan.utils.vace_processor:VaceVideoProcessor": {
+        "downsample": REQUIRED, "min_area": REQUIRED, "max_area": REQUIRED, "min_fps": REQUIRED, "max_fps": REQUIRED,
+        "zero_start": REQUIRED, "seq_len": REQUIRED, "keep_last": REQUIRED,
+    },
+    "wan.utils.vace_processor:VaceVideoProcessor.load_video_pair": {
+        "self": REQUIRED, "data_key": REQUIRED, "data_key2": REQUIRED, "crop_box": None, "seed": 2024,
+    },
+    "wan.utils.utils:best_output_size": {
+        "w": REQUIRED, "h": REQUIRED, "dw": REQUIRED, "dh": REQUIRED, "expected_area": REQUIRED,
+    },
+    "wan.utils.utils:masks_like": {"tensor": REQUIRED, "zero": False, "generator": None, "p": 0.2},
     "wan.modules.model:WanModel": {
         "model_type": "t2v", "patch_size": (1, 2, 2), "text_len": 512, "in_dim": 16, "dim": 2048, "ffn_dim": 8192,
         "freq_dim": 256, "text_dim": 4096, "out_dim": 16, "num_heads": 16, "num_layers": 32,
@@ -68,7 +122,9 @@ DOORS = [
     "wan:configs", "wan:modules", "wan:distributed", "wan.configs:WAN_CONFIGS", "wan.configs:SIZE_CONFIGS",
     "wan.configs:MAX_AREA_CONFIGS", "wan.configs:SUPPORTED_SIZES", "wan.modules:WanModel", "wan.modules:T5Model",
     "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
-    "wan.modules:flash_attention", "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
+    "wan.modules:flash_attention", "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
+    "wan.textimage2video:WanTI2V", "wan.vace:WanVace",
+    "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
     "wan.utils:get_sampling_sigmas", "wan.utils:retrieve_timesteps", "wan.utils:FlowDPMSolverMultistepScheduler",
     "wan.utils:FlowUniPCMultistepScheduler", "wan.text2video:WanT2V", "wan.text2video_optimized:WanT2VOptimized",
 ]  # fmt: skip

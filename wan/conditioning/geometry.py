@@ -81,6 +81,23 @@ def check_frames(num_frames: int, *, stride: int = 4) -> None:
         raise BadRequest(f"{num_frames} frames: the count must be {stride}n+1; {near}")
 
 
+def best_output_size(w: int, h: int, dw: int, dh: int, expected_area: int) -> tuple[int, int]:
+    """The (width, height) nearest in shape to w x h with sides divisible by dw and dh and at most `expected_area`."""
+    ratio = w / h
+    width = math.sqrt(expected_area * ratio)
+    height = expected_area / width
+    # One side is rounded down to its grid, the other takes what area is left; either may come closer to the shape.
+    first_width = int(width // dw * dw)
+    first_height = int(expected_area / first_width // dh * dh) if first_width else 0
+    second_height = int(height // dh * dh)
+    second_width = int(expected_area / second_height // dw * dw) if second_height else 0
+    candidates = [(second_width, second_height), (first_width, first_height)]
+    candidates = [(width, height) for width, height in candidates if width and height]
+    if not candidates:
+        raise BadRequest(f"no {dw}x{dh} grid fits a {w}x{h} picture into {expected_area!r} pixels; allow more pixels.")
+    return min(candidates, key=lambda size: max(ratio * size[1] / size[0], size[0] / size[1] / ratio))
+
+
 def _nearest_multiple(value: int, of: int) -> int:
     """Of two equally close the smaller: 720 becomes 704 where 32 divides, the size such models were trained on."""
     return max(of, math.ceil(value / of - 0.5) * of)

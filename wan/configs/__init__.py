@@ -9,6 +9,8 @@ from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2i_14B, t2v_14B
 from .wan_t2v_A14B import t2v_A14B
 from .wan_t2v_demo import t2v_demo
+from .wan_ti2v_5B import ti2v_5B
+from .wan_vace import vace_1_3B, vace_14B
 
 __all__ = ["MAX_AREA_CONFIGS", "SIZE_CONFIGS", "SUPPORTED_SIZES", "WAN_CONFIGS", "wan_shared_cfg"]
 
@@ -20,6 +22,9 @@ WAN_CONFIGS = {
     "t2v-14B": t2v_14B,
     "t2v-1.3B": t2v_1_3B,
     "t2i-14B": t2i_14B,
+    "ti2v-5B": ti2v_5B,
+    "vace-1.3B": vace_1_3B,
+    "vace-14B": vace_14B,
     "t2v-demo": t2v_demo,
 }
 

@@ -272,13 +272,13 @@ class Engine:
             use=self._encoder, where=self.placement.device_of, device=self.device, config=job.config,
             embeddings=self.embeddings, memo=each.memo,
         )  # fmt: skip
-        each.run = None
+        each.run, each.latents = None, keeper.finished(each.index) if keeper else None
         shot = each.shot = replace(shot, prefix=job.family.prefix(request, shot, encoders))
-        each.latents = keeper.finished(each.index) if keeper else None
         if each.latents is not None:
             each.latents = each.latents.to(self.device)
             return
         branches = job.family.branches(request, shot, encoders)
+        shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
         steps = job.family.schedule(request, job.config)
         generator = torch.Generator(device=request.noise_device or self.device)
         generator.manual_seed(request.seed if shot.reseed is None else shot.reseed)

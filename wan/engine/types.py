@@ -334,6 +334,8 @@ class Family:
     coefficients: Callable[[Request, Any], Coefficients]
     next_shot: Callable[[Request, Any, int, Tensor | None], Shot | None]
     """(request, task config, number of the shot, carried frames) -> the shot, or None after the last one. Pure."""
+    known: Callable[[Request, Shot, Encoders], Known | None] = lambda request, shot, encoders: shot.known
+    """The latents that are given, where they take an encoder to make."""
     prefix: Callable[[Request, Shot, Encoders], Tensor | None] = lambda request, shot, encoders: shot.prefix
     """The latents to decode before a shot's own, where they take an encoder to make; `branches` gets them in the shot.
     Asked also for a shot that is only decoded."""

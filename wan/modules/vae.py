@@ -231,8 +231,7 @@ class WanVAEModel(nn.Module):
         chunk = frames_per_chunk or video.shape[2]
         cache = FrameCache() if chunk * time < video.shape[2] else None
         ends = range(1 + (chunk - 1) * time, video.shape[2] + chunk * time, chunk * time)
-        means = []
-        start = 0
+        means, start = [], 0
         for end in ends:
             frames = self._to_patches(video[:, :, start:end].to(self.conv1.weight.dtype))
             means.append(self.conv1(self.encoder(frames, cache)).chunk(2, dim=1)[0])
@@ -240,23 +239,26 @@ class WanVAEModel(nn.Module):
         mean, inverse_std = self._scale(scale)
         return (torch.cat(means, dim=2) - mean) * inverse_std
 
+    def encode_stream(self, chunks: Iterable[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
+        """`encode`, to the bit, of one frame, then fours of them [B, 3, 4, H, W]; None, at little cost, is `blank`."""
+        e = self.encoder
+        stages = [self._to_patches, e.conv1, *e.downsamples, *e.middle, e.head, self.conv1]
+        mean, inverse_std = self._scale(None)
+        for each in encode_chunks(stages, chunks, blank):
+            yield (each.chunk(2, dim=1)[0] - mean) * inverse_std
+
     def encode_sparse(self, frames: Mapping[int, Tensor], num_frames: int) -> Tensor:
-        """`encode`, to the bit, of a video that is 0 but for the `frames` [B, 3, H, W] given by number; for less work."""
+        """`encode`, to the bit, of a video 0 but for the `frames` [B, 3, H, W] given by number, in less work."""
         blank = torch.zeros_like(next(iter(frames.values())))
         self.check_video(num_frames, *blank.shape[2:])
 
         def chunk(start: int, end: int) -> Tensor:
-            pixels = torch.stack([frames.get(number, blank) for number in range(start, end)], dim=2)
-            return self._to_patches(pixels.to(self.conv1.weight.dtype))
+            return torch.stack([frames.get(n, blank) for n in range(start, end)], dim=2).to(self.conv1.weight.dtype)
 
         time = self.stride[0]
         spans = [(0, 1), *((start, start + time) for start in range(1, num_frames, time))]
         chunks = [chunk(*span) if not span[0] or any(n in frames for n in range(*span)) else None for span in spans]
-        e = self.encoder
-        stages = [e.conv1, *e.downsamples, *e.middle, e.head, self.conv1]
-        means = [each.chunk(2, dim=1)[0] for each in encode_chunks(stages, chunks, chunk(-time, 0))]
-        mean, inverse_std = self._scale(None)
-        return (torch.cat(means, dim=2) - mean) * inverse_std
+        return torch.cat(list(self.encode_stream(chunks, chunk(-time, 0))), dim=2)
 
     def decode_chunks(
         self,

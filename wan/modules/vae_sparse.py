@@ -7,15 +7,17 @@ stages that have not settled are computed. The result is the same to the bit, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from torch import Tensor, nn
 
 from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, DownGroup, Downsample, FrameCache, ResidualBlock
 
+Stage = nn.Module | Callable[[Tensor], Tensor]
 
-def encode_chunks(stages: Sequence[nn.Module], chunks: Sequence[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
+
+def encode_chunks(stages: Sequence[Stage], chunks: Iterable[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
     """The output of all `stages` for each of consecutive chunks [B, C, T, H, W]; None stands for `blank`."""
     cache = FrameCache()
     settled = _settled(stages, blank.shape[2])
@@ -31,7 +33,7 @@ def encode_chunks(stages: Sequence[nn.Module], chunks: Sequence[Tensor | None], 
         yield _through(stages[end:], kept, cache)
 
 
-def _through(stages: Sequence[nn.Module], x: Tensor, cache: FrameCache) -> Tensor:
+def _through(stages: Sequence[Stage], x: Tensor, cache: FrameCache) -> Tensor:
     for stage in stages:
         x = stage(x, cache) if isinstance(stage, (Causal, Chain)) else stage(x)
     return x
@@ -42,7 +44,7 @@ def _depth(settled: Sequence[int], blanks: int) -> int:
     return sum(each <= blanks for each in settled)
 
 
-def _settled(stages: Sequence[nn.Module], frames: int) -> list[int]:
+def _settled(stages: Sequence[Stage], frames: int) -> list[int]:
     """Number of the blank chunk from which on each stage's output stays the same."""
     delays = []
     for stage in stages:
@@ -51,7 +53,7 @@ def _settled(stages: Sequence[nn.Module], frames: int) -> list[int]:
     return list(accumulate(delays))
 
 
-def _delay(layer: nn.Module, frames: int) -> tuple[int, int]:
+def _delay(layer: Stage, frames: int) -> tuple[int, int]:
     """How many equal chunks of `frames` a layer must see before its output stays the same, and the frames it makes."""
     if isinstance(layer, CausalConv3d):
         return -(-layer.context // frames), frames

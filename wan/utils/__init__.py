@@ -11,12 +11,14 @@ _HOMES = {
     "retrieve_timesteps": "wan.utils.fm_solvers",
     "FlowUniPCMultistepScheduler": "wan.utils.fm_solvers_unipc",
     "HuggingfaceTokenizer": "wan.modules.tokenizers",
+    "VaceVideoProcessor": "wan.conditioning.processor",
 }
 
 __all__ = [
     "FlowDPMSolverMultistepScheduler",
     "FlowUniPCMultistepScheduler",
     "HuggingfaceTokenizer",
+    "VaceVideoProcessor",
     "get_sampling_sigmas",
     "retrieve_timesteps",
 ]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan.engine.errors import BadRequest
+from wan.conditioning.geometry import best_output_size
 from wan.video import Output, open_sink
 
 __all__ = [
@@ -121,23 +121,6 @@ def cache_image(
 ) -> str:
     """Wan 2.1's name of `save_image`. `retry` is accepted and unused."""
     return save_image(tensor, save_file, nrow, normalize, value_range)
-
-
-def best_output_size(w: int, h: int, dw: int, dh: int, expected_area: int) -> tuple[int, int]:
-    """The (width, height) nearest in shape to w x h with sides divisible by dw and dh and at most `expected_area`."""
-    ratio = w / h
-    width = math.sqrt(expected_area * ratio)
-    height = expected_area / width
-    # One side is rounded down to its grid, the other takes what area is left; either may come closer to the shape.
-    first_width = int(width // dw * dw)
-    first_height = int(expected_area / first_width // dh * dh) if first_width else 0
-    second_height = int(height // dh * dh)
-    second_width = int(expected_area / second_height // dw * dw) if second_height else 0
-    candidates = [(second_width, second_height), (first_width, first_height)]
-    candidates = [(width, height) for width, height in candidates if width and height]
-    if not candidates:
-        raise BadRequest(f"no {dw}x{dh} grid fits a {w}x{h} picture into {expected_area!r} pixels; allow more pixels.")
-    return min(candidates, key=lambda size: max(ratio * size[1] / size[0], size[0] / size[1] / ratio))
 
 
 def masks_like(
