@@ -447,6 +447,14 @@ def test_what_cannot_be_done_ends_with_status_2_before_anything_is_loaded(
     assert {path: path.read_bytes() for path in Path().rglob("*")} == before
 
 
+def test_flags_of_queues_are_refused_for_one_video(base: list[str], capsys: Any) -> None:
+    for flag, value in (("--expert_batch", "4"), ("--results", "r.jsonl")):
+        assert main([*base, "--prompt", "a cat", flag, value]) == 2
+        assert (
+            capsys.readouterr().err == f"error: {flag} {value} is for many videos: add --prompt_file or leave it out\n"
+        )
+
+
 def test_checkpoint_that_is_wrong_for_all_is_no_fault_of_a_line(capsys: Any) -> None:
     Path("jobs.txt").write_text("a cat\n")
     assert main(["--task", "t2v-A14B", "--ckpt_dir", "nowhere", "--device", "cpu", "--prompt_file", "jobs.txt"]) == 2

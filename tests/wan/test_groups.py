@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import wan
-from wan.engine.errors import BadRequest, NonFinite
+from wan.engine.errors import BadRequest, NonFinite, OutputError
 from wan.pipeline import Group
 from wan.video import TensorSink
 
@@ -54,6 +54,44 @@ def test_failing_job_leaves_the_others_of_its_group_alone(pipe: wan.WanT2V) -> N
     sinks, failures = grouped(pipe, JOBS, observe=(spoil,))
     assert [type(failure) for failure in failures] == [type(None), NonFinite, type(None)]
     assert alone is not None and torch.equal(sinks[2].result, alone)
+
+
+class Counting(TensorSink):
+    """Knows how many frames it has."""
+
+    frames = 0
+
+    def write(self, frames: Tensor) -> None:
+        self.frames += frames.shape[1]
+        super().write(frames)
+
+
+def test_each_video_is_done_before_the_next_is_decoded_and_its_report_is_at_hand(pipe: wan.WanT2V) -> None:
+    group, told = Group(), []
+    sinks = [Counting() for _ in JOBS]
+
+    def done(number: int) -> None:
+        told.append((number, [sink.frames for sink in sinks], pipe.report))
+
+    for number, (job, sink) in enumerate(zip(JOBS, sinks, strict=True)):
+        pipe.generate(**SMALL, **job, sink=sink, done=lambda number=number: done(number), group=group)
+    assert pipe.run_group(group) == [None] * 3
+    assert [(number, full) for number, full, _ in told] == [
+        (0, [5, 0, 0]), (1, [5, 5, 0]), (2, [5, 5, 5])
+    ]  # fmt: skip
+    assert [report for _, _, report in told] == [job.report for job in group.jobs]
+
+
+def test_video_that_cannot_be_finished_is_a_failure_of_its_job_alone(pipe: wan.WanT2V) -> None:
+    def full() -> None:
+        raise OutputError("no space left")
+
+    group, sinks = Group(), [TensorSink(), TensorSink()]
+    for job, sink, done in zip(JOBS, sinks, (full, None), strict=False):
+        pipe.generate(**SMALL, **job, sink=sink, done=done, group=group)
+    failures = pipe.run_group(group)
+    assert [type(failure) for failure in failures] == [OutputError, type(None)]
+    assert torch.equal(sinks[1].result, pipe.generate(**SMALL, **JOBS[1]))  # type: ignore[arg-type]
 
 
 def test_group_with_two_sets_of_options_is_refused(pipe: wan.WanT2V) -> None:

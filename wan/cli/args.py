@@ -148,6 +148,7 @@ EXAMPLES = """examples:
   python generate.py --task t2v-demo
   python generate.py --task t2v-1.3B --size 480p --ckpt_dir ./Wan2.1-T2V-1.3B --prompt "A cat walks on the grass"
   python generate.py --task t2v-A14B --size 720p --duration 5 --ckpt_dir ./Wan2.2-T2V-A14B --seed 42 --prompt "..."
+  python generate.py --ckpt_dir ./Wan2.2-T2V-A14B --size 720p --prompt_file prompts.txt --expert_batch 16
 
 exit status: 0 made and saved, 2 cannot be done as asked, 3 made but not saved as asked, 4 failed while generating,
 130 interrupted (Ctrl-C), 143 ended by SIGTERM, 129 by SIGHUP; what was kept and how to go on is told"""

@@ -117,6 +117,10 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
             from wan.cli.queue import run_queue
 
             return run_queue(args, known, default_preset, claims, terminal)
+        for name in ("expert_batch", "results"):
+            if getattr(args, name) is not None:
+                said = f"--{name} {getattr(args, name)}"
+                raise BadRequest(f"{said} is for many videos: add --prompt_file or leave it out")
         job = check(args, known, default_preset, claims)
         announce(job, terminal)
         if args.print_plan:

@@ -96,8 +96,7 @@ class Engine:
         self.device = hardware.device
         self.placement = placement
         self.progress: Progress = Silent()
-        self.report = Report()
-        """Of the job that is being worked on, or was last."""
+        self.report = Report()  # of the job that is being worked on, or was last
         self.embeddings: Embeddings | None = None
         self.expert_names = tuple(c.name for c in components if c.is_expert)
         self.kernels: dict[str, str] = {}
