@@ -107,6 +107,8 @@ class WanPipeline:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         checkpoint = Checkpoint(folder, config, files, self.kind)
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
+        if load_format != "dummy":
+            _check_weights(checkpoint, plan)
         self.engine: Engine = build_engine(components, plan, hardware)
         self.engine.progress = self.progress
         self.engine.embeddings = embeddings
@@ -262,6 +264,13 @@ def scale_pair(guide_scale: float | tuple[float, float]) -> tuple[float, float]:
         return float(guide_scale), float(guide_scale)
     low, high = guide_scale
     return float(low), float(high)
+
+
+def _check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Whether what the plan does to the transformers' weights fits them."""
+    for part in checkpoint.places.experts:
+        for optimization in plan.enabled():
+            optimization.check_weights(checkpoint.network(part).shapes, part)
 
 
 def _refuse_parallel(**switches: bool) -> None:

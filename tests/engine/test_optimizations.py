@@ -31,14 +31,20 @@ Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
-    "compile_mode": "default", "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
-    "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
+    "compile_mode": "default", "lora": None, "use_batched_cfg": False, "offload_model": None, "t5_cpu": False,
+    "vae_cpu": False, "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
 
+FILES = {"lora": str(Path(__file__).parents[1] / "data" / "lora-tiny.safetensors")}
+"""For options that name a file, one that fits the tiny checkpoint."""
+
+
 def values(o: Option) -> list[Any]:
     """Values of `o` other than its default."""
+    if o.name in FILES:
+        return [FILES[o.name]]
     found = o.choices or ((True, False) if o.is_switch else ())
     return [value for value in found if value != o.default]
 

@@ -23,6 +23,8 @@ SIZE: dict[str, Any] = {"size": (32, 32), "frame_num": 1, "sampling_steps": 2, "
 def switched_on(cls: type[Optimization]) -> dict[str, Any]:
     """The first value of the class's switch that is not its default."""
     switch = options_of(cls)[0]
+    if switch.name == "lora":
+        return {"lora": str(Path(__file__).parents[1] / "data" / "lora-tiny.safetensors")}
     candidates = switch.choices or ((True, False) if switch.is_switch else (1,))
     return {switch.name: next(value for value in candidates if value != switch.default)}
 

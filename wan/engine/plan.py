@@ -52,7 +52,7 @@ class Conflict:
 class Optimization:
     """Base of every optimisation: a frozen dataclass whose fields are `option()`s, the first one the switch.
 
-    Five moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
+    Six moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
     first used, so what changes a finished network is `finish`; `apply` runs at the start of every run, on cleared
     wrappers and policies. Options of subclasses with `per_call` may be changed for one `generate` call.
     """
@@ -71,6 +71,9 @@ class Optimization:
 
     def check(self, hardware: Hardware) -> None:
         """Raise IncompatibleOptions or MissingPackage if this cannot run here."""
+
+    def check_weights(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+        """Raise BadCheckpoint if this cannot act on a checkpoint of these shapes. Nothing has been read but headers."""
 
     def convert(self, module: nn.Module, name: str) -> None:
         """Change the module while it is on the meta device."""
