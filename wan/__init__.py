@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wan import configs as configs
     from wan import distributed as distributed
     from wan import modules as modules
+    from wan.speech2video import WanS2V as WanS2V
     from wan.text2video import WanT2V as WanT2V
     from wan.text2video_optimized import WanT2VOptimized as WanT2VOptimized
     from wan.textimage2video import WanTI2V as WanTI2V
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _CLASSES = {
+    "WanS2V": "wan.speech2video",
     "WanT2V": "wan.text2video",
     "WanT2VOptimized": "wan.text2video_optimized",
     "WanTI2V": "wan.textimage2video",
@@ -24,7 +26,7 @@ _CLASSES = {
 }
 _PACKAGES = ("configs", "distributed", "modules", "utils")
 
-__all__ = ["WanT2V", "WanT2VOptimized", "WanTI2V", "WanVace", "configs", "distributed", "modules"]
+__all__ = ["WanS2V", "WanT2V", "WanT2VOptimized", "WanTI2V", "WanVace", "configs", "distributed", "modules"]
 
 
 def __getattr__(name: str) -> Any:

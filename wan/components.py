@@ -204,7 +204,7 @@ def dummy_components(config: Any) -> list[Component]:
     fields = {key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps")}
     text_sizes, vae_sizes = config.get("t5_sizes", {}), config.get("vae_sizes", {})
     fields |= {"in_dim": channels, "out_dim": channels, "model_type": "t2v", "text_dim": text_sizes.get("dim", 4096)}
-    fields |= {key: config[key] for key in ("vace_layers", "vace_in_dim") if key in config}
+    fields |= {key: config[key] for key in ("vace_layers", "vace_in_dim", "audio_inject_layers") if key in config}
     dit = partial(build_dit, fields, None)
 
     def text_encoder() -> nn.Module:

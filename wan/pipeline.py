@@ -105,6 +105,7 @@ class WanPipeline:
         if load_format == "auto" and checkpoint_dir is None and not files:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+        self.folder, self.load_format = folder, load_format
         checkpoint = Checkpoint(folder, config, files, self.kind)
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from .shared_config import wan_shared_cfg
+from .wan_s2v_14B import s2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2i_14B, t2v_14B
 from .wan_t2v_A14B import t2v_A14B
@@ -25,6 +26,7 @@ WAN_CONFIGS = {
     "ti2v-5B": ti2v_5B,
     "vace-1.3B": vace_1_3B,
     "vace-14B": vace_14B,
+    "s2v-14B": s2v_14B,
     "t2v-demo": t2v_demo,
 }
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _FAMILIES = {
     "t2v": ("wan.families.t2v", "WanT2V"),
     "t2i": ("wan.families.t2v", "WanT2V"),
+    "s2v": ("wan.families.s2v", "WanS2V"),
     "ti2v": ("wan.families.ti2v", "WanTI2V"),
     "vace": ("wan.families.vace", "WanVace"),
 }

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.engine.errors import BadRequest
 from wan.engine.ops.frames import attend_own_frame
 from wan.engine.ops.modulate import norm_modulate
 from wan.modules.blocks import BlockInputs, WanCrossAttention
@@ -80,6 +81,12 @@ class CausalAudioEncoder(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """[B, layers, A, K] -> [B, T, N, D] and [B, T, 1, D], T = K / 4 rounded up twice."""
+        expected = self.weights.shape[1], self.encoder.conv1_local.conv.in_channels
+        if tuple(features.shape[1:3]) != expected:
+            raise BadRequest(
+                f"the speech model makes {features.shape[1]} layers of width {features.shape[2]}, this transformer "
+                f"hears {expected[0]} of width {expected[1]}: they do not belong together"
+            )
         share = F.silu(self.weights.float())
         mixed = (features.float() * share).sum(1) / share.sum(1)
         return self.encoder(mixed.transpose(1, 2))
