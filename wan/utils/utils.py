@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from wan.conditioning.geometry import best_output_size
-from wan.video import Output, open_sink
+from wan.video import Output, merge_sound, open_sink
 
 __all__ = [
     "best_output_size",
     "cache_image",
     "cache_video",
     "masks_like",
+    "merge_video_audio",
     "rand_name",
     "save_image",
     "save_video",
@@ -143,6 +144,11 @@ def masks_like(
                 level[:, 0] = noise.exp().to(level.device)
                 mask[:, 0] = 0
     return levels, masks
+
+
+def merge_video_audio(video_path: str | os.PathLike[str], audio_path: str | os.PathLike[str]) -> None:
+    """Put the sound of `audio_path` into the video, in place; both end with the shorter one. Raises OutputError."""
+    merge_sound(video_path, audio_path)
 
 
 def _grid(images: Tensor, nrow: int, normalize: bool, value_range: tuple[float, float]) -> Tensor:

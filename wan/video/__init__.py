@@ -10,18 +10,21 @@ from __future__ import annotations
 from wan.video.checks import open_sink, read_metadata, test_encode
 from wan.video.encoder import VideoSink
 from wan.video.ffmpeg import VideoInfo, verify_video
-from wan.video.files import Output, TensorSink, to_pixels
+from wan.video.files import Output, Soundtrack, TensorSink, to_pixels
 from wan.video.images import ImageSink, PngSink
 from wan.video.names import default_file_name, safe_name
+from wan.video.sound import merge_sound
 
 __all__ = [
     "ImageSink",
     "Output",
     "PngSink",
+    "Soundtrack",
     "TensorSink",
     "VideoInfo",
     "VideoSink",
     "default_file_name",
+    "merge_sound",
     "open_sink",
     "read_metadata",
     "safe_name",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadRequest, MissingPackage, OutputError
 from wan.video.ffmpeg import ffmpeg_exe, last_words, read_tags, tag_file, verify_video
 from wan.video.files import MUXERS, FileSink, Output, free_bytes, is_full, reason_of
+from wan.video.sound import sound_arguments
 
 _OTHER_FFMPEG = "try another ffmpeg through the variable IMAGEIO_FFMPEG_EXE"
 # What .mp4 keeps where every program looks for it; other names need a newer form that fewer read. In .mov the old
@@ -95,7 +96,8 @@ class VideoSink(FileSink):
             self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by _ending)
             command = [ffmpeg_exe(), "-hide_banner", "-loglevel", "error", "-y"]
             command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-            command += ["-framerate", f"{self.output.fps:g}", "-i", "pipe:0", *self._tag_arguments()]
+            heard, how = sound_arguments(self.output.sound, index=1)
+            command += ["-framerate", f"{self.output.fps:g}", "-i", "pipe:0", *heard, *self._tag_arguments(), *how]
             command += ["-map", "0:v", "-vf", _TO_BT709, "-c:v", "libx264", "-crf", str(self.output.crf), *_BT709_TAGS]
             if muxer != "matroska":
                 command += ["-movflags", "+faststart+use_metadata_tags" if self._needs_new_tags() else "+faststart"]
@@ -123,7 +125,8 @@ class VideoSink(FileSink):
         self._tags = Path(name)
         with os.fdopen(handle, "wb") as file:
             file.write(tag_file(self.output.metadata))
-        return ["-f", "ffmetadata", "-i", f"file:{name}", "-map_metadata", "1"]
+        index = 1 if self.output.sound is None else 2
+        return ["-f", "ffmetadata", "-i", f"file:{name}", "-map_metadata", str(index)]
 
     def _check_tags(self) -> None:
         """Warn where this ffmpeg has lost text: the video is worth more than what is said about it."""

@@ -26,6 +26,15 @@ RESERVE_BYTES = 2 << 20
 _FULL_WORDS = ("no space left", "quota exceeded", "not enough space")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Soundtrack:
+    """What is heard: the sound of `path` from `start` seconds on, and silence from where it ends up to `seconds`."""
+
+    path: Path
+    seconds: float
+    start: float = 0.0
+
+
 @dataclass(frozen=True)
 class Output:
     """The file to write and how: nothing here changes a pixel before encoding.
@@ -33,13 +42,14 @@ class Output:
     `path` ends in .mp4, .mov or .mkv, or for a single frame in .png, .jpg or .webp. `fps` is the playback rate,
     `crf` libx264's constant quality (0 lossless .. 51; 10 is upstream's). `metadata` is text by name ("title",
     "comment" or any other in small letters), put into videos and .png files; what no format can hold (NUL) is left
-    out. Raises BadRequest.
+    out. `sound` goes into videos alone. Raises BadRequest.
     """
 
     path: Path
     fps: float = 16
     crf: int = 10
     metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
+    sound: Soundtrack | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
