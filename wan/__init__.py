@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from wan import configs as configs
     from wan import distributed as distributed
     from wan import modules as modules
+    from wan.first_last_frame2video import WanFLF2V as WanFLF2V
+    from wan.image2video import WanI2V as WanI2V
     from wan.speech2video import WanS2V as WanS2V
     from wan.text2video import WanT2V as WanT2V
     from wan.text2video_optimized import WanT2VOptimized as WanT2VOptimized
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _CLASSES = {
+    "WanFLF2V": "wan.first_last_frame2video",
+    "WanI2V": "wan.image2video",
     "WanS2V": "wan.speech2video",
     "WanT2V": "wan.text2video",
     "WanT2VOptimized": "wan.text2video_optimized",
@@ -26,7 +30,18 @@ _CLASSES = {
 }
 _PACKAGES = ("configs", "distributed", "modules", "utils")
 
-__all__ = ["WanS2V", "WanT2V", "WanT2VOptimized", "WanTI2V", "WanVace", "configs", "distributed", "modules"]
+__all__ = [
+    "WanFLF2V",
+    "WanI2V",
+    "WanS2V",
+    "WanT2V",
+    "WanT2VOptimized",
+    "WanTI2V",
+    "WanVace",
+    "configs",
+    "distributed",
+    "modules",
+]
 
 
 def __getattr__(name: str) -> Any:

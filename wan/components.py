@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.types import Component
-from wan.engine.weights.dialects import DIT, SPIECE, TEXT_ENCODER, VAE, open_network
+from wan.engine.weights.dialects import CLIP, DIT, SPIECE, TEXT_ENCODER, VAE, open_network
 from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
 from wan.layouts import CheckpointFiles, Places, locate
 from wan.layouts.models import Shapes, model_of
 from wan.modules.building import build_dit
+from wan.modules.clip import ImageTower, build_clip
 from wan.modules.model import WanModel
 from wan.modules.t5 import build_text_encoder, umt5_xxl
 from wan.modules.tokenizers import HuggingfaceTokenizer
@@ -55,7 +56,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise BadCheckpoint naming file and key if anything does not fit. Reads headers, no weight."""
-        networks = {part: self.network(part) for part in (*self.places.experts, "text_encoder", "vae")}
+        networks = {part: self.network(part) for part in self.places.paths if part != "tokenizer"}
         for part in self.places.experts:
             self._check_kind(networks[part])
         modules = {part: network.checked() for part, network in networks.items()}
@@ -72,7 +73,8 @@ class Checkpoint:
         ]
         text, vae = self.network("text_encoder"), self.network("vae")
         speaking = replace(text, build=self._with_tokenizer)
-        return [*experts, speaking.component(self.config.t5_dtype), vae.component(torch.float32)]
+        looking = [self.network("clip").component(self.config.clip_dtype)] if "clip" in self.places.paths else []
+        return [*experts, speaking.component(self.config.t5_dtype), vae.component(torch.float32), *looking]
 
     def tokenizer(self) -> HuggingfaceTokenizer:
         """The tokenizer, from its folder or file, or from inside the text encoder's file."""
@@ -81,12 +83,14 @@ class Checkpoint:
         return HuggingfaceTokenizer(name, seq_len=self.config.text_len, clean="whitespace")
 
     def network(self, part: str) -> Network:
-        """A part by name: "dit", "high", "low", "text_encoder", "vae"."""
+        """A part by name: "dit", "high", "low", "text_encoder", "vae", "clip"."""
         path, fields = self.places.weights(part), self.places.fields(part)
         if part == "text_encoder":
             return Network(part, TEXT_ENCODER, path, build_text_encoder)
         if part == "vae":
             return Network(part, VAE, path, build_vae)
+        if part == "clip":
+            return Network(part, CLIP, path, build_clip)
         return Network(part, DIT, path, partial(self._build_dit, fields))
 
     def _build_dit(self, fields: dict[str, Any], shapes: Shapes) -> nn.Module:
@@ -130,12 +134,15 @@ class Checkpoint:
             )
 
     def _check_together(self, networks: Mapping[str, Network], modules: Mapping[str, Any], part: str) -> None:
-        """Whether text encoder and VAE speak the transformer's language."""
+        """Whether the encoders and the VAE speak the transformer's language."""
         dit, text, vae = modules[part], modules["text_encoder"], modules["vae"]
-        for what, mine, other, theirs in (
+        pairs = [
             ("text embeddings", dit.text_dim, "text_encoder", text.dim),
             ("latents", dit.out_dim, "vae", vae.config.z_dim),
-        ):
+        ]
+        if "clip" in modules:
+            pairs.append(("image embeddings", dit.config.image_dim, "clip", modules["clip"].visual.dim))
+        for what, mine, other, theirs in pairs:
             if mine != theirs:
                 raise BadCheckpoint(
                     f"{str(networks[part].path)!r} works on {what} of width {mine}, {str(networks[other].path)!r} "
@@ -204,7 +211,17 @@ def dummy_components(config: Any) -> list[Component]:
     fields = {key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps")}
     text_sizes, vae_sizes = config.get("t5_sizes", {}), config.get("vae_sizes", {})
     fields |= {"in_dim": channels, "out_dim": channels, "model_type": "t2v", "text_dim": text_sizes.get("dim", 4096)}
-    fields |= {key: config[key] for key in ("vace_layers", "vace_in_dim", "audio_inject_layers") if key in config}
+    given = (
+        "vace_layers",
+        "vace_in_dim",
+        "in_dim",
+        "model_type",
+        "motion_encoder_dim",
+        "image_dim",
+        "image_positions",
+        "audio_inject_layers",
+    )
+    fields |= {key: config[key] for key in given if key in config}
     dit = partial(build_dit, fields, None)
 
     def text_encoder() -> nn.Module:
@@ -217,6 +234,10 @@ def dummy_components(config: Any) -> list[Component]:
         with torch.device("meta"):
             return WanVAEModel(replace(VAE_2_2 if channels == VAE_2_2.z_dim else VAE_2_1, **vae_sizes))
 
+    def clip() -> nn.Module:
+        with torch.device("meta"):
+            return ImageTower(**config.get("clip_sizes", {}))
+
     experts = [
         Component(
             name=name, build=dit, weights=partial(dummy_weights, seed=seed), dtype=config.param_dtype,
@@ -224,11 +245,13 @@ def dummy_components(config: Any) -> list[Component]:
         )
         for seed, name in enumerate(names)
     ]  # fmt: skip
-    return [
-        *experts,
+    encoders = [
         Component(name="text_encoder", build=text_encoder, weights=dummy_weights, dtype=config.t5_dtype),
         Component(name="vae", build=vae, weights=dummy_weights, dtype=torch.float32),
     ]
+    if "clip_checkpoint" in config:
+        encoders.append(Component(name="clip", build=clip, weights=dummy_weights, dtype=config.clip_dtype))
+    return [*experts, *encoders]
 
 
 class WordTokenizer:

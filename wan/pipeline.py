@@ -106,7 +106,8 @@ class WanPipeline:
             raise BadRequest("checkpoint_dir is missing: pass the folder of the checkpoint, or load_format='dummy'")
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.folder, self.load_format = folder, load_format
-        checkpoint = Checkpoint(folder, config, files, self.kind)
+        # A class may take the checkpoint of another task, which its config tells.
+        checkpoint = Checkpoint(folder, config, files, config.get("model_type", self.kind))
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":
             _check_weights(checkpoint, plan)

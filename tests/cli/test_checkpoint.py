@@ -22,9 +22,12 @@ from wan.cli.generate import main
 from wan.configs import WAN_CONFIGS
 from wan.engine.weights.keymap import TRANSFORMERS_T5
 from wan.layouts import CheckpointFiles
+from wan.modules.building import build_dit
+from wan.modules.clip import ImageTower
 from wan.modules.model import WanModel
 
 TWO = ("high_noise_model", "low_noise_model")
+VACE = {"vace_layers": [0], "vace_in_dim": 96}
 T5_FILE, VAE_FILE, STEM = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", "diffusion_pytorch_model"
 
 Make = Callable[..., Path]
@@ -38,20 +41,22 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def checkpoint(tiny_checkpoint: Path, write_header: Callable[..., Path], tmp_path: Path) -> Make:
-    """`make(name, fields, *experts, mark)`: a complete folder; a wide transformer is a header and a hole."""
+    """`make(name, fields, *experts, extra)`: a complete folder; a wide transformer is a header and a hole."""
 
-    def make(name: str, fields: dict[str, Any], *experts: str, mark: str = "") -> Path:
+    def make(name: str, fields: dict[str, Any], *experts: str, extra: dict[str, Any] | None = None) -> Path:
         folder = tmp_path / name
         sizes = {"ffn_dim": 64, "num_heads": fields["dim"] // 32, "num_layers": 1, "text_dim": 32}
-        with torch.device("meta"):
-            dit = WanModel(dim=fields["dim"], in_dim=fields.get("in_dim", 16), **sizes)
-        shapes = {key: value.shape for key, value in dit.state_dict().items()} | ({mark: (1,)} if mark else {})
+        dit = build_dit({"dim": fields["dim"], "in_dim": fields.get("in_dim", 16)} | sizes | (extra or {}))
+        shapes = {key: value.shape for key, value in dit.state_dict().items()}
         for expert in experts or ("",):
             write_header(folder / expert / f"{STEM}.safetensors", shapes)
             (folder / expert / "config.json").write_text(json.dumps(fields | sizes))
         for file in (T5_FILE, VAE_FILE):
             shutil.copyfile(tiny_checkpoint / file, folder / file)
         shutil.copytree(tiny_checkpoint / "google", folder / "google")
+        if dit.config.image_dim:
+            tower = ImageTower(dim=dit.config.image_dim, mlp_dim=8, num_heads=1, num_layers=1)
+            torch.save(tower.state_dict(), folder / WAN_CONFIGS["i2v-14B"].clip_checkpoint)
         return folder
 
     return make
@@ -85,26 +90,31 @@ def whole(tiny_checkpoint: Path, tiny_config: Any, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("fields", "experts", "mark", "task"),
+    ("fields", "experts", "extra", "task"),
     [
-        ({"model_type": "t2v", "dim": 1536}, (), "", "t2v-1.3B"),
-        ({"model_type": "t2v", "dim": 5120}, (), "", "t2v-14B"),
-        ({"model_type": "t2v", "dim": 5120}, TWO, "", "t2v-A14B"),
-        ({"model_type": "t2v", "dim": WAN_CONFIGS["t2v-demo"].dim}, TWO, "", "t2v-demo"),
-        ({"model_type": "t2v", "dim": 96}, TWO, "", "t2v-A14B"),
-        ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, (), "img_emb.proj.0.weight", "i2v-14B"),
-        ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, TWO, "", "i2v-A14B"),
-        ({"model_type": "t2v", "dim": 1536}, (), "vace_blocks.0.after_proj.weight", "vace-1.3B"),
-        ({"model_type": "t2v", "dim": 5120}, (), "vace_blocks.0.after_proj.weight", "vace-14B"),
+        ({"model_type": "t2v", "dim": 1536}, (), {}, "t2v-1.3B"),
+        ({"model_type": "t2v", "dim": 5120}, (), {}, "t2v-14B"),
+        ({"model_type": "t2v", "dim": 5120}, TWO, {}, "t2v-A14B"),
+        ({"model_type": "t2v", "dim": WAN_CONFIGS["t2v-demo"].dim}, TWO, {}, "t2v-demo"),
+        ({"model_type": "t2v", "dim": 96}, TWO, {}, "t2v-A14B"),
+        ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),
+        ({"model_type": "i2v", "dim": 96, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),
+        ({"model_type": "flf2v", "dim": 5120, "in_dim": 36}, (), {"image_dim": 80, "image_positions": 514}, "flf2v-14B"),
+        ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, TWO, {}, "i2v-A14B"),
+        ({"model_type": "t2v", "dim": 1536}, (), VACE, "vace-1.3B"),
+        ({"model_type": "t2v", "dim": 5120}, (), VACE, "vace-14B"),
     ],
 )
 def test_the_task_is_read_from_the_weights(
-    fields: Any, experts: Any, mark: str, task: str, checkpoint: Make, capsys: Any
+    fields: Any, experts: Any, extra: Any, task: str, checkpoint: Make, capsys: Any
 ) -> None:
     """VACE checkpoints that call themselves t2v are told by their keys."""
-    folder = checkpoint("checkpoint", fields, *experts, mark=mark)
+    folder = checkpoint("checkpoint", fields, *experts, extra=extra)
     assert detect_task(folder, WAN_CONFIGS) == task
-    status = main(["--ckpt_dir", str(folder), "--print_plan", "--device", "cpu"])
+    Image.new("RGB", (64, 32)).save(folder / "a.png")
+    given = {"i2v": ("--image",), "flf2v": ("--first_frame", "--last_frame")}.get(task.partition("-")[0], ())
+    pictures = [word for flag in given for word in (flag, str(folder / "a.png"))]
+    status = main(["--ckpt_dir", str(folder), "--print_plan", "--device", "cpu", *pictures])
     err = capsys.readouterr().err
     if task in WAN_CONFIGS:
         assert status == 0 and f"task    {task} (read from --ckpt_dir)" in err
@@ -146,7 +156,7 @@ def test_a_checkpoint_of_another_task_says_which(checkpoint: Make, refused: Call
         err = refused("--task", task, "--ckpt_dir", folder)
         assert f"holds t2v-1.3B, not {task}: pass --task t2v-1.3B" in err
     assert "did you mean" in refused("--ckpt_dir", folder.with_name("checkpiont"))
-    animated = checkpoint("animated", {"model_type": "i2v", "dim": 5120, "in_dim": 36}, mark="img_emb.proj.0.weight")
+    animated = checkpoint("animated", {"model_type": "i2v", "dim": 5120, "in_dim": 36}, extra={"image_dim": 80})
     assert "holds i2v-14B, not t2v-14B" in refused("--task", "t2v-14B", "--ckpt_dir", animated)
     assert "is a file; name it with --dit" in refused("--ckpt_dir", folder / f"{STEM}.safetensors")
 
@@ -309,7 +319,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(
         (["--tokenizer", "google"], "'google' has no tokenizer.json and no spiece.model"),
         (["--t5", VAE_FILE], f"'{VAE_FILE}' is a video VAE, not a umT5 text encoder"),
         (["--dit", DIT, "--load_format", "dummy"], "--dit and --load_format dummy contradict each other"),
-        (["--clip", "clip.safetensors"], "--clip clip.safetensors: image-to-video is not in this version yet"),
+        (["--clip", "clip.safetensors"], "--clip 'clip.safetensors': this task looks at no image through CLIP"),
     ],
 )
 def test_files_named_by_hand_are_checked(

@@ -21,6 +21,28 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "sample_solver": "unipc", "sampling_steps": 50, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
         "offload_model": True,
     },
+    "wan:WanI2V": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
+    },
+    "wan:WanI2V.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "img": REQUIRED, "max_area": 720 * 1280, "frame_num": 81,
+        "shift": 5.0, "sample_solver": "unipc", "sampling_steps": 40, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True,
+    },
+    "wan:WanFLF2V": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True,
+    },
+    "wan:WanFLF2V.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "first_frame": REQUIRED, "last_frame": REQUIRED,
+        "max_area": 720 * 1280, "frame_num": 81, "shift": 16, "sample_solver": "unipc", "sampling_steps": 50,
+        "guide_scale": 5.5, "n_prompt": "", "seed": -1, "offload_model": True,
+    },
+    "wan.modules.clip:CLIPModel": {
+        "dtype": REQUIRED, "device": REQUIRED, "checkpoint_path": REQUIRED, "tokenizer_path": None,
+    },
+    "wan.modules.clip:CLIPModel.visual": {"self": REQUIRED, "videos": REQUIRED},
     "wan:WanTI2V": {
         "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
         "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
@@ -123,6 +145,7 @@ DOORS = [
     "wan.configs:MAX_AREA_CONFIGS", "wan.configs:SUPPORTED_SIZES", "wan.modules:WanModel", "wan.modules:T5Model",
     "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
     "wan.modules:flash_attention", "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
+    "wan.image2video:WanI2V", "wan.first_last_frame2video:WanFLF2V", "wan.modules.clip:CLIPModel",
     "wan.textimage2video:WanTI2V", "wan.vace:WanVace",
     "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
     "wan.utils:get_sampling_sigmas", "wan.utils:retrieve_timesteps", "wan.utils:FlowDPMSolverMultistepScheduler",

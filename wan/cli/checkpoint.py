@@ -27,6 +27,7 @@ _TASKS = {
     ("vace", 5120, 1): "vace-14B",
     ("ti2v", 3072, 1): "ti2v-5B",
     ("s2v", 5120, 1): "s2v-14B",
+    ("animate", 5120, 1): "animate-14B",
 }
 
 _REPOSITORIES = {
@@ -34,13 +35,21 @@ _REPOSITORIES = {
     "t2v-14B": "Wan-AI/Wan2.1-T2V-14B",
     "t2i-14B": "Wan-AI/Wan2.1-T2V-14B",
     "t2v-A14B": "Wan-AI/Wan2.2-T2V-A14B",
+    "i2v-14B": "Wan-AI/Wan2.1-I2V-14B-720P",
+    "flf2v-14B": "Wan-AI/Wan2.1-FLF2V-14B-720P",
+    "i2v-A14B": "Wan-AI/Wan2.2-I2V-A14B",
+    "ti2v-5B": "Wan-AI/Wan2.2-TI2V-5B",
+    "vace-1.3B": "Wan-AI/Wan2.1-VACE-1.3B",
+    "vace-14B": "Wan-AI/Wan2.1-VACE-14B",
+    "s2v-14B": "Wan-AI/Wan2.2-S2V-14B",
+    "animate-14B": "Wan-AI/Wan2.2-Animate-14B",
 }
 
 
 def detect_task(folder: Path | None, configs: dict[str, Any], files: CheckpointFiles | None = None) -> str | None:
     """The task of a checkpoint, by its transformers' keys and shapes, else by config.json; None if nothing tells.
 
-    Sizes nobody has published (a tiny test model) count as the text-to-video task with as many experts. Raises
+    Sizes nobody has published (a tiny test model) count as the first task of their kind with as many experts. Raises
     BadRequest where a folder holds several models.
     """
     tasks = held_tasks(folder, configs, files)
@@ -75,9 +84,17 @@ def held_tasks(folder: Path | None, configs: dict[str, Any], files: CheckpointFi
     for each in held(folder, files):
         kind, dim = each.model.kind, each.model.dim
         name = known.get((kind, dim, each.experts))
-        other = f"{kind} of width {dim}" if kind != "t2v" else "t2v-A14B" if each.experts == 2 else "t2v-14B"
+        other = _like(kind, each.experts, configs) or f"{kind} of width {dim}"
         tasks.append(HeldTask(name=name or other, exact=name is not None, told_by=each.told_by))
     return tasks
+
+
+def _like(kind: str, experts: int, configs: dict[str, Any]) -> str | None:
+    """The first task of that kind with as many experts; the demo's has sizes of its own."""
+    from wan.layouts import experts_of
+
+    tasks = (task for task in configs if task.partition("-")[0] == kind and task != DEMO)
+    return next((task for task in tasks if len(experts_of(configs[task])) == experts), None)
 
 
 def demo_folder() -> Path:
@@ -97,14 +114,13 @@ def check_folder(folder: Path | None, task: str, configs: dict[str, Any], files:
 
     if folder is not None:
         _check_is_folder(folder)
-    lacking = missing_files(folder, configs[task], files)
+    lacking = missing_files(folder, task, configs, files)
     if not lacking:
         check_kind(folder, folder, task, configs, files)
-        kind = task.partition("-")[0].replace("t2i", "t2v")
-        Checkpoint(folder, configs[task], files, kind).check()
+        Checkpoint(folder, configs[task], files, _kind(task)).check()
         return
     for held in held_tasks(folder, configs, files):
-        if held.name != task and held.name in configs and not missing_files(folder, configs[held.name], files):
+        if held.name != task and held.name in configs and not missing_files(folder, held.name, configs, files):
             raise _other(folder, held.name, task)
     said = "the files named" if folder is None else f"--ckpt_dir {str(folder)!r}"
     verb = "lack" if folder is None else "lacks"
@@ -129,11 +145,29 @@ def _other(source: str | Path | None, held: str, task: str) -> BadCheckpoint:
     return BadCheckpoint(f"{said} holds {held}, not {task}: pass --task {held} or another checkpoint")
 
 
-def missing_files(folder: Path | None, config: Any, files: CheckpointFiles | None = None) -> list[str]:
-    """What the config expects and is not there: paths relative to `folder`, or the flag that names a file."""
+def missing_files(
+    folder: Path | None, task: str, configs: dict[str, Any], files: CheckpointFiles | None = None
+) -> list[str]:
+    """What `task` expects and is not there: paths relative to `folder`, or the flag that names a file."""
     from wan.layouts import locate
 
-    return locate(folder, config, files).lacking()
+    return [*locate(folder, configs[task], files, _kind(task)).lacking(), *_missing_speech(folder, configs[task])]
+
+
+def _missing_speech(folder: Path | None, config: Any) -> list[str]:
+    """What is not there of the speech model, where a task has one; it lies in the folder alone."""
+    from wan.modules.s2v.audio_encoder import missing
+
+    if "wav2vec" not in config:
+        return []
+    if folder is None:
+        return [f"{config.wav2vec} (--ckpt_dir)"]
+    return [f"{config.wav2vec}/{name}" for name in missing(folder / config.wav2vec)]
+
+
+def _kind(task: str) -> str:
+    """What its transformers are called by `wan.layouts.models`."""
+    return task.partition("-")[0].replace("t2i", "t2v")
 
 
 def no_folder(task: str | None) -> BadRequest:

@@ -236,12 +236,13 @@ def needed(names: Iterable[str], config: Any) -> tuple[list[str], list[str]]:
 def _original(config: Any) -> dict[str, str]:
     """What to name if it is missing -> regular expression, in upstream's layout."""
     experts = [key for key in ("high_noise_checkpoint", "low_noise_checkpoint") if key in config]
+    unused = {*experts, "clip_tokenizer"}  # CLIP's text tower is not used
     wanted = {}
     for folder in [f"{config[key]}/" for key in experts] or [""]:
         wanted[f"{folder}config.json"] = re.escape(f"{folder}config.json")
         wanted[f"{folder}{_DIT}.safetensors"] = re.escape(f"{folder}{_DIT}") + _WEIGHTS
     for key, value in config.items():
-        if key.endswith(("_checkpoint", "_tokenizer")) and key not in experts and isinstance(value, str):
+        if key.endswith(("_checkpoint", "_tokenizer", "wav2vec")) and key not in unused and isinstance(value, str):
             wanted[value] = re.escape(value) + "(/.+)?"
     return wanted
 
@@ -249,10 +250,12 @@ def _original(config: Any) -> dict[str, str]:
 def _diffusers(config: Any) -> dict[str, str]:
     """The same in diffusers' layout."""
     wanted = {"model_index.json": r"model_index\.json"}
-    for folder in ("transformer", "transformer_2", "vae", "text_encoder"):
+    for folder in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
         if folder == "transformer_2" and "boundary" not in config:
             continue
-        stem = f"{folder}/model" if folder == "text_encoder" else f"{folder}/{_DIT}"
+        if folder == "image_encoder" and "clip_checkpoint" not in config:
+            continue
+        stem = f"{folder}/model" if folder.endswith("_encoder") else f"{folder}/{_DIT}"
         wanted[f"{folder}/config.json"] = re.escape(f"{folder}/config.json")
         wanted[f"{stem}.safetensors"] = re.escape(stem) + _WEIGHTS
     return {**wanted, "tokenizer": "tokenizer/.+"}

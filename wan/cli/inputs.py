@@ -11,11 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wan.cli.args import FLAGS, INPUT
 from wan.engine.errors import BadRequest
 from wan.families import class_name
+
+if TYPE_CHECKING:
+    from wan.video import Soundtrack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +38,42 @@ class Inputs:
     """What a reader made of its flags.
 
     `arguments` of `generate` by upstream's names, also those of size and length; `beyond` go beyond upstream's
-    signature and must arrive. `prepare` makes arguments that need the built pipeline. `size` is the video's (width,
-    height) and `why` the reasons, where the inputs decide. `flags` repeat it (with absolute paths), `files` were read.
+    signature and must arrive. `prepare` makes arguments that need the built pipeline; `construct` are arguments of the
+    class. `size` (width, height) and `num_frames` are the video's and `why` the reasons, where the inputs decide.
+    `sound` goes into the file. `flags` repeat it (with absolute paths), `files` were read.
     """
 
     arguments: Mapping[str, Any]
     beyond: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Any], Mapping[str, Any]] | None = None
+    construct: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] | None = None
+    num_frames: int | None = None
     why: Mapping[str, str] = field(default_factory=dict)
+    sound: Soundtrack | None = None
     flags: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
 Reader = Callable[[argparse.Namespace, Asked], Inputs]
 
+_VOICE = ("tts_prompt_audio", "tts_prompt_text", "tts_text")
+
 # Class in `wan` -> (the input flags it takes, module and name of its reader).
-_READERS: dict[str, tuple[tuple[str, ...], str]] = {}
+_READERS: dict[str, tuple[tuple[str, ...], str]] = {
+    "WanAnimate": (
+        ("src_root_path", "refert_num", "replace_flag", "use_relighting_lora"),
+        "wan.cli.character_inputs:character",
+    ),
+    "WanS2V": (
+        ("image", "audio", "num_clip", "infer_frames", "pose_video", "start_from_ref", "enable_tts", *_VOICE),
+        "wan.cli.speech_inputs:speech",
+    ),
+    "WanI2V": (("image", "first_frame", "last_frame", "fit"), "wan.cli.image_inputs:image_to_video"),
+    "WanFLF2V": (("first_frame", "last_frame", "fit"), "wan.cli.image_inputs:first_and_last"),
+    "WanTI2V": (("image",), "wan.cli.source_inputs:text_or_image"),
+    "WanVace": (("src_video", "src_mask", "src_ref_images", "context_scale"), "wan.cli.source_inputs:control_sources"),
+}
 
 
 def read_inputs(args: argparse.Namespace, asked: Asked) -> Inputs | None:

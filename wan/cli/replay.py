@@ -29,7 +29,7 @@ PIXELS = (
 )  # fmt: skip
 """Flags that make another video."""
 
-FILES = ("ckpt_dir", "dit", "dit_low", "t5", "vae", "tokenizer")
+FILES = ("ckpt_dir", "dit", "dit_low", "t5", "vae", "clip", "tokenizer")
 """Flags that name weights. They may lie elsewhere by now; hashes tell whether they are the same."""
 
 _PATHS = (*FILES, *(flag.name for flag in FLAGS if flag.is_file))

@@ -26,6 +26,10 @@ DEFAULT_SIZE = "1280*720"
 
 EXAMPLE_PROMPTS = {
     "t2v": "A red fox trots through fresh snow at dawn, its breath steaming, while the camera glides along beside it.",
+    "i2v": "The picture comes to life: everything in it moves gently and naturally while the camera holds still.",
+    "flf2v": "A smooth, natural motion leads from the first picture to the last in one continuous shot.",
+    "vace": "A red fox trots through fresh snow at dawn, its breath steaming, while the camera glides along beside it.",
+    "s2v": "A person looks into the camera and speaks, calm and lively, with natural movements of head and hands.",
     "t2i": "A lighthouse on a basalt cliff under a clearing storm, warm light in its windows, painted in oils.",
     DEMO: "a big red circle moves to the right",
 }
@@ -107,20 +111,20 @@ def resolve(args: argparse.Namespace, source: Source | None = None) -> Wanted:
     width, height = _size(args, task, config, SUPPORTED_SIZES[task], why)
     fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
     num_frames = _num_frames(args, task, config, fps, why)
-    inputs = read_inputs(
-        args, Asked(task=task, config=config, width=width, height=height, num_frames=num_frames, fps=fps)
-    )
+    asked = Asked(task=task, config=config, width=width, height=height, num_frames=num_frames, fps=fps)
+    inputs = read_inputs(args, asked)
     if inputs is not None:
         width, height = inputs.size or (width, height)
+        num_frames = inputs.num_frames or num_frames
         why |= inputs.why
-    check_video(height, width, num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
-    sampling = _sampling(args, config, why)
+    check_video(height, width, asked.num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
+    sampling = _sampling(args, config, asked, why)
     checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS) if source is None else source.checkpoint
     return Wanted(
         task=task,
         config=config,
         checkpoint=checkpoint,
-        prompt=_prompt(args, task, why),
+        prompt=_prompt(args, task, config, why),
         n_prompt=args.n_prompt or "",
         width=width,
         height=height,
@@ -225,9 +229,10 @@ def _num_frames(args: argparse.Namespace, task: str, config: Any, fps: int, why:
     return int(wanted)
 
 
-def _sampling(args: argparse.Namespace, config: Any, why: dict[str, str]) -> dict[str, Any]:
+def _sampling(args: argparse.Namespace, config: Any, asked: Asked, why: dict[str, str]) -> dict[str, Any]:
     steps = _positive("--sample_steps", args.sample_steps, config.get("sample_steps", 50), "steps", why)
-    shift = _positive("--sample_shift", args.sample_shift, config.get("sample_shift", 5.0), "shift", why)
+    usual = config.get("sample_shift_of_size", {}).get(f"{asked.width}*{asked.height}", config.get("sample_shift", 5.0))
+    shift = _positive("--sample_shift", args.sample_shift, usual, "shift", why)
     scale = args.sample_guide_scale
     if scale is None:
         scale, why["guidance"] = config.get("sample_guide_scale", 5.0), "task"
@@ -266,10 +271,13 @@ def _seed(given: int | None, why: dict[str, str]) -> int:
     return given
 
 
-def _prompt(args: argparse.Namespace, task: str, why: dict[str, str]) -> str:
+def _prompt(args: argparse.Namespace, task: str, config: Any, why: dict[str, str]) -> str:
     if args.prompt is not None:
         why["prompt"] = "--prompt"
         return str(args.prompt)
+    if "prompt" in config:
+        why["prompt"] = f"default of {task}"
+        return str(config.prompt)
     why["prompt"] = "example, as there is no --prompt"
     return EXAMPLE_PROMPTS.get(task) or EXAMPLE_PROMPTS.get(task.partition("-")[0]) or EXAMPLE_PROMPTS["t2v"]
 

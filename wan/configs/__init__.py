@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 from .shared_config import wan_shared_cfg
+from .wan_i2v_14B import flf2v_14B, i2v_14B
+from .wan_i2v_A14B import i2v_A14B
 from .wan_s2v_14B import s2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2i_14B, t2v_14B
@@ -23,6 +25,9 @@ WAN_CONFIGS = {
     "t2v-14B": t2v_14B,
     "t2v-1.3B": t2v_1_3B,
     "t2i-14B": t2i_14B,
+    "i2v-A14B": i2v_A14B,
+    "i2v-14B": i2v_14B,
+    "flf2v-14B": flf2v_14B,
     "ti2v-5B": ti2v_5B,
     "vace-1.3B": vace_1_3B,
     "vace-14B": vace_14B,
@@ -63,6 +68,5 @@ SUPPORTED_SIZES = {
     "i2v-A14B": (*_720P, *_480P),
     "ti2v-5B": ("704*1280", "1280*704"),
     "s2v-14B": (*_720P, *_480P, "1024*704", "704*1024", "704*1280", "1280*704"),
-    "animate-14B": _720P,
     "t2v-demo": ("96*96",),
 }

@@ -68,6 +68,11 @@ class Placement:
         if early:
             self.get(name)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every network declared."""
+        return tuple(self._slots)
+
     def policy(self, name: str) -> Policy:
         """How `name` is placed now."""
         return self._slots[name].policy

@@ -34,13 +34,14 @@ def locate(folder: Path | None, config: Any, files: CheckpointFiles | None = Non
     """
     files = files or CheckpointFiles()
     names = experts_of(config)
-    given = files.by_part(names)
+    shared = original.shared(config)
+    given = files.by_part(names, shared)
     if folder is None:
-        return Places(layout="files", root=None, paths=dict.fromkeys((*names, *original.SHARED)) | given)
+        return Places(layout="files", root=None, paths=dict.fromkeys((*names, *shared)) | given)
     if diffusers.recognises(folder):
-        return Places(layout="diffusers", root=folder, paths=diffusers.paths(folder, names) | given)
+        return Places(layout="diffusers", root=folder, paths=diffusers.paths(folder, names, shared) | given)
     root = comfyui.root_of(folder)
     if root is None:
         return Places(layout="original", root=folder, paths=original.paths(folder, names, config) | given)
-    wanted = comfyui.Wanted(kind=kind, dim=config.dim, experts=names)
+    wanted = comfyui.Wanted(kind=kind, dim=config.dim, experts=names, shared=shared)
     return Places(layout="ComfyUI", root=root, paths=comfyui.paths(root, wanted, given))

@@ -13,26 +13,29 @@ from pathlib import Path
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights import dialects
-from wan.engine.weights.dialects import DIT, TEXT_ENCODER, VAE
+from wan.engine.weights.dialects import CLIP, DIT, TEXT_ENCODER, VAE
 from wan.engine.weights.files import SAFETENSORS, SHARD
 from wan.engine.weights.stream import open_weights
 from wan.layouts.models import Model, Shapes, is_umt5, model_of
 
-FOLDERS = {DIT: ("diffusion_models", "unet"), TEXT_ENCODER: ("text_encoders", "clip"), VAE: ("vae",)}
-FLAGS = {DIT: "dit", "high": "dit", "low": "dit_low", TEXT_ENCODER: "t5", VAE: "vae"}
+FOLDERS = {
+    DIT: ("diffusion_models", "unet"), TEXT_ENCODER: ("text_encoders", "clip"), VAE: ("vae",), CLIP: ("clip_vision",),
+}  # fmt: skip
+FLAGS = {DIT: "dit", "high": "dit", "low": "dit_low", TEXT_ENCODER: "t5", VAE: "vae", CLIP: "clip"}
 
-_NAMED = {DIT: "wan", TEXT_ENCODER: "umt5", VAE: "wan"}
+_NAMED = {DIT: "wan", TEXT_ENCODER: "umt5", VAE: "wan", CLIP: "clip_vision"}
 """How files are called in which nothing can be read, and which is preferred among files of the same shapes."""
 _SIDE = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The transformers a task needs."""
+    """The transformers a task needs, and what it shares with others."""
 
     kind: str
     dim: int
     experts: tuple[str, ...]
+    shared: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def paths(root: Path, wanted: Wanted, given: Mapping[str, Path]) -> dict[str, Pa
         places[expert] = given.get(expert) or _only(fitting, expert, root)
     first = next((path for path in places.values() if path is not None), None)
     shapes = _shapes(first, DIT) if first is not None else {}
-    for network in (TEXT_ENCODER, VAE):
+    for network in (each for each in (TEXT_ENCODER, VAE, CLIP) if each in wanted.shared):
         fitting = [] if network in given else [each for each in candidates(root, network) if _goes_with(each, shapes)]
         places[network] = given.get(network) or _only(fitting, network, root)
     return places | {"tokenizer": given.get("tokenizer")}
@@ -117,6 +120,8 @@ def _goes_with(candidate: Candidate, transformer: Shapes) -> bool:
     if "token_embedding.weight" in shapes:
         width = transformer.get("text_embedding.0.weight", shapes["token_embedding.weight"])[-1]
         return is_umt5(shapes) and shapes["token_embedding.weight"][-1] == width
+    if "visual.cls_embedding" in shapes:
+        return shapes["visual.cls_embedding"][-1] == transformer.get("img_emb.proj.0.weight", (0,))[0]
     channels = shapes.get("conv2.weight", (0,))[0]
     patch, head = transformer.get("patch_embedding.weight", ()), transformer.get("head.head.weight", (0,))
     return not patch or channels * patch[2] * patch[3] * patch[4] == head[0]

@@ -9,8 +9,12 @@ def recognises(folder: Path) -> bool:
     return (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file()
 
 
-def paths(folder: Path, experts: tuple[str, ...]) -> dict[str, Path | None]:
+_FOLDERS = {"clip": "image_encoder"}
+"""Part -> its folder, where that is called otherwise."""
+
+
+def paths(folder: Path, experts: tuple[str, ...], shared: tuple[str, ...]) -> dict[str, Path | None]:
     """Part -> place."""
     names = ("transformer", "transformer_2")
     places: dict[str, Path | None] = {part: folder / name for part, name in zip(experts, names, strict=False)}
-    return places | {part: folder / part for part in ("text_encoder", "tokenizer", "vae")}
+    return places | {part: folder / _FOLDERS.get(part, part) for part in shared}

@@ -5,8 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-SHARED = ("text_encoder", "tokenizer", "vae")
-"""What every task has besides its transformers."""
+FILES = {
+    "text_encoder": "t5_checkpoint",
+    "tokenizer": "t5_tokenizer",
+    "vae": "vae_checkpoint",
+    "clip": "clip_checkpoint",
+}
+"""Part besides the transformers -> the field of a task's configuration that names its file; no field, no such part."""
+
+
+def shared(config: Any) -> tuple[str, ...]:
+    """The parts that a task has besides its transformers."""
+    return tuple(part for part, field in FILES.items() if field in config)
 
 
 def paths(folder: Path, experts: tuple[str, ...], config: Any) -> dict[str, Path | None]:
@@ -14,5 +24,4 @@ def paths(folder: Path, experts: tuple[str, ...], config: Any) -> dict[str, Path
     places: dict[str, Path | None] = {"dit": folder}
     if "dit" not in experts:
         places = {"high": folder / config.high_noise_checkpoint, "low": folder / config.low_noise_checkpoint}
-    shared = folder / config.t5_checkpoint, folder / config.t5_tokenizer, folder / config.vae_checkpoint
-    return places | dict(zip(SHARED, shared, strict=True))
+    return places | {part: folder / config[FILES[part]] for part in shared(config)}

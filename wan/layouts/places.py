@@ -16,13 +16,17 @@ EXPERTS = ("dit", "high", "low")
 STEMS = ("diffusion_pytorch_model", "model")
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
-_PARTS = {"dit": "dit", "high": "dit", "low": "dit_low", "text_encoder": "t5", "vae": "vae", "tokenizer": "tokenizer"}
+_PARTS = {
+    "dit": "dit", "high": "dit", "low": "dit_low", "text_encoder": "t5", "vae": "vae", "clip": "clip",
+    "tokenizer": "tokenizer",
+}  # fmt: skip
 _WHAT = {
     "dit": "the transformer",
     "high": "the high-noise transformer",
     "low": "the low-noise transformer",
     "text_encoder": "the umT5 text encoder",
     "vae": "the VAE",
+    "clip": "the CLIP image encoder",
 }
 
 
@@ -39,9 +43,12 @@ class CheckpointFiles:
     vae: str | Path | None = None
     t5: str | Path | None = None
     tokenizer: str | Path | None = None
+    clip: str | Path | None = None
 
-    def by_part(self, experts: tuple[str, ...]) -> dict[str, Path]:
+    def by_part(self, experts: tuple[str, ...], parts: tuple[str, ...]) -> dict[str, Path]:
         """What was given, by the names of the parts. Raises BadCheckpoint for a file this task has no use for."""
+        if self.clip is not None and "clip" not in parts:
+            raise BadCheckpoint(f"--clip {str(self.clip)!r}: this task looks at no image through CLIP; leave it out")
         if self.dit_low is not None and "low" not in experts:
             raise BadCheckpoint(f"--dit_low {str(self.dit_low)!r}: this task has one transformer; leave the flag out")
         given: dict[str, Path] = {}

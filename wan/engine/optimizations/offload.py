@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Offload(Optimization):
-    """Keep the DiT and the text encoder in pinned RAM and on the GPU only while they compute.
+    """Keep the DiT and the encoders in pinned RAM and on the GPU only while they compute.
 
-    Of two experts only the needed one is on the GPU; the text encoder has left before the DiT enters. The VAE stays,
-    as in the original code; `vae_cpu` moves it too. Costs one transfer of each network per video. On a CPU there is
-    nothing to move. `generate` has its own default, True.
+    Of two experts only the needed one is on the GPU; the encoders of text, images and sound have left before the DiT
+    enters. The VAE stays, as in the original code; `vae_cpu` moves it too. Costs one transfer of each network per
+    video. On a CPU there is nothing to move. `generate` has its own default, True.
     """
 
     order = Order.PLACEMENT
@@ -27,13 +27,13 @@ class Offload(Optimization):
     per_call = True
     offload_model: bool | None = option(
         None,
-        "keep the DiT and the text encoder in RAM except while they compute (generate.py: True for one process)",
+        "keep the DiT and the encoders in RAM except while they compute (generate.py: True for one process)",
         off=("--no-offload", "--no-offload_model"),
         takes_bool=True,
     )
 
     def apply(self, engine: Engine) -> None:
-        for name in (*engine.expert_names, "text_encoder"):
+        for name in engine.placement.names:
             # What another option has placed (the text encoder on the CPU) stays as it placed it.
-            if engine.placement.policy(name) is Policy.RESIDENT:
+            if name != "vae" and engine.placement.policy(name) is Policy.RESIDENT:
                 engine.set_policy(name, Policy.AFTER_USE)
