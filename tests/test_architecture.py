@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "wan.engine.errors",
         "wan.engine.sampling",
     ),
-    "wan.prompting": ("wan.engine.errors",),
+    "wan.prompting": ("wan.conditioning.image", "wan.engine.errors"),
     "wan.utils": ("wan.engine", "wan.conditioning", "wan.modules", "wan.prompting", "wan.video", "wan.resources"),
     "wan.distributed": ("wan.engine", "wan.conditioning", "wan.modules"),
     "wan.video": ("wan.engine", "wan.resources"),

@@ -64,7 +64,7 @@ def asked(args: argparse.Namespace, wanted: Wanted) -> Extension | None:
     from wan.utils import prompt_extend
 
     files: Mapping[str, Path] = {} if wanted.inputs is None else wanted.inputs.files
-    pictures = tuple(path for name in PICTURES for key, path in files.items() if key.partition(".")[0] == name)
+    pictures = tuple(path for name in PICTURES for key, path in files.items() if key.startswith(name))
     method = args.prompt_extend_method or "local_qwen"
     name = prompt_extend.dashscope_model if method == DASHSCOPE else prompt_extend.local_model
     return Extension(
@@ -165,7 +165,7 @@ class _Writer:
         prompt, self._reason = self._answer(job, extend)
         if self._reason:
             self._failures += 1
-            self._terminal.note(
+            self._terminal.line(
                 f"warning: the prompt could not be extended, the video is made from it as it is: {self._reason}"
             )
             return with_prompt(job, wanted.prompt, {**entry, FAILED: self._reason})

@@ -9,8 +9,6 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from wan.engine.errors import BadRequest
-
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -34,17 +32,11 @@ def data_url(picture: Image.Image) -> str:
 
 
 def _read(source: Source, max_area: int) -> Image.Image:
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{str(source)!r} is no picture that can be read ({error})") from error
+    from wan.conditioning.image import load_image, to_rgb
+
+    picture = to_rgb(source) if isinstance(source, Image.Image) else load_image(os.fspath(source), "picture")
     scale = math.sqrt(max_area / (picture.width * picture.height))
     if scale >= 1:
         return picture

@@ -40,6 +40,7 @@ def _kind(task: str | None, pictures: int, unseen: bool, words: bool) -> str:
     kind = (task or "").partition("-")[0]
     if kind not in english.TASKS:  # ti2v, and what later versions make
         kind = "flf2v" if pictures > 1 else "i2v" if pictures or unseen else "t2v"
+    kind = "flf2v" if kind == "i2v" and pictures > 1 else kind  # 2.2's i2v can end at a picture too
     # A task that starts from pictures, or a video, has them even where none reached the language model.
     lacking = "unseen" if not pictures else "" if words else "wordless"
     form = f"{kind} {lacking}"

@@ -31,21 +31,25 @@ def test_a_turned_photograph_stands_upright_and_what_is_transparent_is_white(tmp
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.jpg", exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    Image.new("I;16", (8, 8), 0).save(tmp_path / "deep.png")
-    first, second, third = read_pictures(
-        [tmp_path / "turned.jpg", str(tmp_path / "clear.png"), tmp_path / "deep.png"], 999
-    )
+    Image.new("I;16", (8, 8), 65535 // 5).save(tmp_path / "deep.png")
+    moving = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    moving[0].save(tmp_path / "moving.gif", save_all=True, append_images=moving[1:])
+    names = ("turned.jpg", "clear.png", "deep.png", "moving.gif")
+    first, second, third, fourth = read_pictures([tmp_path / name for name in names], 999)
     assert first.size == (20, 40)
     assert second.getpixel((4, 4)) == (255, 255, 255)
-    assert [each.mode for each in (first, second, third)] == ["RGB"] * 3
+    assert [each.mode for each in (first, second, third, fourth)] == ["RGB"] * 4
+    assert third.getpixel((0, 0)) == (51, 51, 51)
+    assert fourth.getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_none_is_no_picture_and_what_is_none_is_named(tmp_path: Path) -> None:
     assert read_pictures(None, 100) == []
     (tmp_path / "notes.png").write_text("not a picture")
-    for path in (tmp_path / "notes.png", tmp_path / "absent.png"):
-        with pytest.raises(BadRequest, match=f"{path.name}' is no picture that can be read"):
-            read_pictures(path, 100)
+    with pytest.raises(BadRequest, match=r"picture '.*notes\.png' is no picture that can be read"):
+        read_pictures(tmp_path / "notes.png", 100)
+    with pytest.raises(BadRequest, match=r"picture '.*absent\.png': there is no such file"):
+        read_pictures([str(tmp_path / "absent.png")], 100)
 
 
 def test_a_picture_can_be_sent_as_text() -> None:
