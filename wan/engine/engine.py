@@ -26,6 +26,7 @@ from wan.engine.plan import Plan
 from wan.engine.sampling.denoiser import Sequential
 from wan.engine.sampling.guidance import Guidance
 from wan.engine.sampling.loop import sample
+from wan.engine.sampling.noise import first_latents
 from wan.engine.sampling.schedule import segments
 from wan.engine.sampling.solvers import make_solver
 from wan.engine.types import (
@@ -79,6 +80,7 @@ class _Ongoing:
     run: Denoising | None = None
     latents: Tensor | None = None
     carry: Tensor | None = None
+    generator: torch.Generator | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     forwards: Forwards | None = None
     failure: Exception | None = None
@@ -272,6 +274,8 @@ class Engine:
             embeddings=self.embeddings, memo=each.memo,
         )  # fmt: skip
         each.run, each.latents = None, keeper.finished(each.index) if keeper else None
+        # Also of a shot that is only decoded: the next one's noise comes after it.
+        each.generator, latents = first_latents(request, shot, each.generator, self.device)
         shot = each.shot = replace(shot, prefix=job.family.prefix(request, shot, encoders))
         if each.latents is not None:
             each.latents = each.latents.to(self.device)
@@ -279,17 +283,12 @@ class Engine:
         branches = job.family.branches(request, shot, encoders)
         shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
         steps = job.family.schedule(request, job.config)
-        generator = torch.Generator(device=request.noise_device or self.device)
-        generator.manual_seed(request.seed if shot.reseed is None else shot.reseed)
-        # One sample without the batch axis, then the axis: the order of upstream's random numbers.
-        noise = torch.randn(shot.latent_shape, dtype=torch.float32, device=generator.device, generator=generator)
-        latents = noise.to(self.device)[None]
         if shot.known is not None:
             latents = shot.known.apply(latents, None)
             branches = {name: replace(branch, frozen=_frozen(shot.known)) for name, branch in branches.items()}
         run = Denoising(
             request=request, shot=shot, index=each.index, branches=branches, steps=steps, latents=latents,
-            solver=make_solver(request.solver, steps), generator=generator, carry=each.carry,
+            solver=make_solver(request.solver, steps), generator=each.generator, carry=each.carry,
         )  # fmt: skip
         if keeper:
             keeper.restore(run)

@@ -1,0 +1,26 @@
+"""The noise that a shot begins with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wan.engine.types import Request, Shot
+
+__all__ = ["first_latents"]
+
+
+def first_latents(
+    request: Request, shot: Shot, before: torch.Generator | None, device: torch.device
+) -> tuple[torch.Generator, Tensor]:
+    """The generator of a shot and its noise [1, C, T, H, W] on `device`.
+
+    `before` is the generator of the shot before: it runs on unless the shot reseeds.
+    """
+    generator = before
+    if generator is None or shot.reseed is not None:
+        generator = torch.Generator(device=request.noise_device or device)
+        generator.manual_seed(request.seed if shot.reseed is None else shot.reseed)
+    # One sample without the batch axis, then the axis: the order of upstream's random numbers.
+    noise = torch.randn(shot.latent_shape, dtype=torch.float32, device=generator.device, generator=generator)
+    return generator, noise.to(device)[None]
