@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from wan import configs as configs
     from wan import distributed as distributed
     from wan import modules as modules
+    from wan.animate import WanAnimate as WanAnimate
     from wan.first_last_frame2video import WanFLF2V as WanFLF2V
     from wan.image2video import WanI2V as WanI2V
     from wan.speech2video import WanS2V as WanS2V
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _CLASSES = {
+    "WanAnimate": "wan.animate",
     "WanFLF2V": "wan.first_last_frame2video",
     "WanI2V": "wan.image2video",
     "WanS2V": "wan.speech2video",
@@ -31,6 +33,7 @@ _CLASSES = {
 _PACKAGES = ("configs", "distributed", "modules", "utils")
 
 __all__ = [
+    "WanAnimate",
     "WanFLF2V",
     "WanI2V",
     "WanS2V",

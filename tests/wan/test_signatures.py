@@ -62,6 +62,23 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "shift": 5.0, "sample_solver": "unipc", "sampling_steps": 40, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
         "offload_model": True,
     },
+    "wan:WanAnimate": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
+        "use_relighting_lora": False,
+    },
+    "wan:WanAnimate.generate": {
+        "self": REQUIRED, "src_root_path": REQUIRED, "replace_flag": False, "clip_len": 77, "refert_num": 1,
+        "shift": 5.0, "sample_solver": "dpm++", "sampling_steps": 20, "guide_scale": 1, "input_prompt": "",
+        "n_prompt": "", "seed": -1, "offload_model": True,
+    },
+    "wan.modules.animate:CLIPModel": {
+        "dtype": REQUIRED, "device": REQUIRED, "checkpoint_path": REQUIRED, "tokenizer_path": None,
+    },
+    "wan.modules.animate:WanAnimateModel.forward": {
+        "self": REQUIRED, "x": REQUIRED, "t": REQUIRED, "clip_fea": REQUIRED, "context": REQUIRED,
+        "seq_len": REQUIRED, "y": None, "pose_latents": None, "face_pixel_values": None,
+    },
     "wan:WanVace": {
         "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
         "dit_fsdp": False, "use_sp": False, "t5_cpu": False,
@@ -146,7 +163,7 @@ DOORS = [
     "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
     "wan.modules:flash_attention", "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
     "wan.image2video:WanI2V", "wan.first_last_frame2video:WanFLF2V", "wan.modules.clip:CLIPModel",
-    "wan.textimage2video:WanTI2V", "wan.vace:WanVace",
+    "wan.textimage2video:WanTI2V", "wan.vace:WanVace", "wan.animate:WanAnimate",
     "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
     "wan.utils:get_sampling_sigmas", "wan.utils:retrieve_timesteps", "wan.utils:FlowDPMSolverMultistepScheduler",
     "wan.utils:FlowUniPCMultistepScheduler", "wan.text2video:WanT2V", "wan.text2video_optimized:WanT2VOptimized",

@@ -35,6 +35,8 @@ def build(job: Job, terminal: Terminal) -> Any:
         "progress": (terminal, False),
         "embeddings": (job.embeddings, False),
     }
+    if wanted.inputs is not None:
+        beyond |= {name: (value, True) for name, value in wanted.inputs.construct.items()}
     return pipeline_class(
         config=wanted.config,
         checkpoint_dir=None if wanted.checkpoint is None else str(wanted.checkpoint),
@@ -57,8 +59,11 @@ def call(pipeline: Any, job: Job, **extras: Any) -> Tensor | None:
         beyond |= {name: (value, True) for name, value in inputs.beyond.items()}
         arguments |= inputs.prepare(pipeline) if inputs.prepare is not None else {}
     negative = {"n_prompt": wanted.n_prompt} if wanted.n_prompt else {}
+    # The prompt comes first, but where upstream's class has something else there.
+    first = () if "input_prompt" in arguments else (wanted.prompt,)
+    arguments |= {} if first else {"input_prompt": wanted.prompt}
     video: Tensor | None = pipeline.generate(
-        wanted.prompt,
+        *first,
         **arguments,
         shift=wanted.shift,
         sample_solver=wanted.solver,

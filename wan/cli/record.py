@@ -23,6 +23,7 @@ from wan.cli import fingerprints, memory
 from wan.cli.replay import apply, changed_weights, differences, require_same_start
 from wan.cli.report import pace
 from wan.engine.errors import BadRequest, WanError
+from wan.engine.optimizations import LoRA
 from wan.runs import RECORD, write_whole
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "plan": job.plan.values(),
         "versions": _versions(),
         "device": _device(job.hardware),
-        "weights": _weights(job.wanted),
+        "weights": _weights(job.wanted) | fingerprints.of_parts(_loras(job).items()),
         "inputs": {} if job.wanted.inputs is None else fingerprints.of_parts(job.wanted.inputs.files.items()),
         "output": {"path": os.path.abspath(job.output.path), "fps": job.output.fps, "crf": job.output.crf},
     }
@@ -181,7 +182,8 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         flags |= {name: _absolute(file) for name, file in given.items() if file is not None}
     if wanted.inputs is not None:
         flags |= wanted.inputs.flags
-    return flags | {name: value for name, value in job.plan.values().items() if value is not None}
+    plan = job.plan.values() | {"lora": job.plan.get(LoRA).absolute() or None}
+    return flags | {name: value for name, value in plan.items() if value is not None}
 
 
 def _absolute(path: str | Path) -> str:
@@ -229,6 +231,15 @@ def _weights(wanted: Wanted) -> dict[str, dict[str, str]]:
         except WanError:
             continue
     return fingerprints.of_parts(found.items())
+
+
+def _loras(job: Job) -> dict[str, Path]:
+    """What is merged into the weights, by a name for each."""
+    wanted, paths = job.wanted, job.plan.get(LoRA).paths
+    switches = {} if wanted.inputs is None else wanted.inputs.construct
+    if wanted.checkpoint is not None and switches.get("use_relighting_lora"):
+        paths = [wanted.checkpoint / wanted.config.lora_checkpoint, *paths]
+    return {f"lora {number}": path for number, path in enumerate(paths, 1)}
 
 
 def _sound(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from .shared_config import wan_shared_cfg
+from .wan_animate_14B import animate_14B
 from .wan_i2v_14B import flf2v_14B, i2v_14B
 from .wan_i2v_A14B import i2v_A14B
 from .wan_s2v_14B import s2v_14B
@@ -32,6 +33,7 @@ WAN_CONFIGS = {
     "vace-1.3B": vace_1_3B,
     "vace-14B": vace_14B,
     "s2v-14B": s2v_14B,
+    "animate-14B": animate_14B,
     "t2v-demo": t2v_demo,
 }
 
@@ -68,5 +70,6 @@ SUPPORTED_SIZES = {
     "i2v-A14B": (*_720P, *_480P),
     "ti2v-5B": ("704*1280", "1280*704"),
     "s2v-14B": (*_720P, *_480P, "1024*704", "704*1024", "704*1280", "1280*704"),
+    "animate-14B": _720P,
     "t2v-demo": ("96*96",),
 }

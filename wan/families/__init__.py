@@ -15,6 +15,7 @@ _FAMILIES = {
     "t2v": ("wan.families.t2v", "WanT2V"),
     "t2i": ("wan.families.t2v", "WanT2V"),
     "s2v": ("wan.families.s2v", "WanS2V"),
+    "animate": ("wan.families.animate", "WanAnimate"),
     "i2v": ("wan.families.i2v", "WanI2V"),
     "flf2v": ("wan.families.flf2v", "WanFLF2V"),
     "ti2v": ("wan.families.ti2v", "WanTI2V"),

@@ -46,15 +46,27 @@ class LoRA(Optimization):
     def transform(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Iterable[tuple[str, Tensor]]:
         return merged(weights, self._files()) if name in EXPERTS else weights
 
+    @property
+    def paths(self) -> list[Path]:
+        """Where the files are."""
+        return [path for path, _ in self._given()]
+
+    def absolute(self) -> str:
+        """The option, spelled so that it means the same in any folder."""
+        return ",".join(f"{path.absolute()}@{strength:g}" for path, strength in self._given())
+
     def _files(self) -> list[tuple[LoRAFile, float]]:
+        return [(open_lora(path), strength) for path, strength in self._given()]
+
+    def _given(self) -> list[tuple[Path, float]]:
         return [_parsed(text.strip()) for text in (self.lora or "").split(",") if text.strip()]
 
 
-def _parsed(text: str) -> tuple[LoRAFile, float]:
+def _parsed(text: str) -> tuple[Path, float]:
     path, at, strength = text.rpartition("@")
     if not at or Path(text).expanduser().is_file():
-        return open_lora(Path(text).expanduser()), 1.0
+        return Path(text).expanduser(), 1.0
     try:
-        return open_lora(Path(path).expanduser()), float(strength)
+        return Path(path).expanduser(), float(strength)
     except ValueError as error:
         raise BadRequest(f"--lora {text!r}: {strength!r} is no number; write FILE or FILE@0.8") from error
