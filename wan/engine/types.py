@@ -344,8 +344,6 @@ class Family:
     inputs: type | None = None
     condition: type[Condition] = Condition
     encoders: tuple[str, ...] = ("text_encoder", "vae")
-    adapters: Mapping[str, Callable[[Any], nn.Module]] = field(default_factory=dict)
-    key_map: tuple[tuple[str, str], ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
