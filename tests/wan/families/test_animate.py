@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import wan
 from wan.animate import WanAnimate
 from wan.cli.generate import main
+from wan.components import dummy_components
 from wan.conditioning.character import letterboxed, open_sources, there_and_back
 from wan.conditioning.video import open_video, read_frames
 from wan.configs import WAN_CONFIGS
@@ -201,6 +202,43 @@ def test_what_serves_all_steps_or_all_clips_is_computed_once(checkpoint: Path, c
     pipe.generate(sources, clip_len=CLIP, sampling_steps=3)
     assert faces == [CLIP, CLIP], "one pass of the motion encoder for the three steps of each clip"
     assert looks == [1], "the picture is looked at once for both clips"
+
+
+class FirstClip:
+    """A keeper that has the first clip's latents from an earlier run."""
+
+    def __init__(self, latents: Tensor) -> None:
+        self.latents = latents
+
+    def finished(self, shot: int) -> Tensor | None:
+        return self.latents if shot == 0 else None
+
+    def restore(self, run: Any) -> None: ...
+
+    def stepped(self, run: Any, resumable: bool) -> None: ...
+
+    def denoised(self, run: Any) -> None: ...
+
+
+@torch.no_grad()
+def test_a_run_that_goes_on_after_its_first_clip_gives_the_same_video(
+    checkpoint: Path, config: Any, sources: Path
+) -> None:
+    """The second clip's noise comes after the first's in the same stream, also where that is only decoded."""
+    pipe = wan.WanAnimate(config, str(checkpoint), device="cpu")
+    seen: list[Tensor] = []
+    options: dict[str, Any] = {"clip_len": CLIP, "sampling_steps": 1, "seed": 5}
+    whole = pipe.generate(sources, **options, observe=(lambda step, latents: seen.append(latents),))
+    assert len(seen) == 2 and not torch.equal(*seen)
+    assert torch.equal(whole, pipe.generate(sources, **options, keeper=FirstClip(seen[0])))
+
+
+def test_random_weights_have_the_published_shape() -> None:
+    parts = {component.name: component for component in dummy_components(WAN_CONFIGS[TASK])}
+    assert set(parts) == {"dit", "text_encoder", "vae", "clip"}
+    dit = parts["dit"].build()
+    assert isinstance(dit, WanAnimateModel) and len(dit.state_dict()) == 1441
+    assert dit.face_size == WAN_CONFIGS[TASK].face_size
 
 
 @torch.no_grad()
