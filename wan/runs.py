@@ -152,9 +152,10 @@ class Run:
         Raises OSError where they cannot be moved: then they stay.
         """
         if keep_latents is not None:
-            for shot, path in enumerate(sorted(self.folder.glob("latents-*.safetensors"))):
-                os.replace(path, _numbered(keep_latents, shot))
-            for shot, path in enumerate(sorted(self.folder.glob("switch-*.safetensors"))):
+            for path in self.folder.glob("latents-*.safetensors"):
+                os.replace(path, _numbered(keep_latents, int(path.stem.rpartition("-")[2])))
+            for path in self.folder.glob("switch-*.safetensors"):
+                shot = int(path.stem.rpartition("-")[2])
                 os.replace(path, _numbered(keep_latents.with_name(f"switch-{keep_latents.name}"), shot))
             if self._refuge is not None:
                 shutil.move(self._refuge, keep_latents)
@@ -236,13 +237,22 @@ def _lock(file: int) -> None:
 
 
 class Latents:
-    """A `Keeper` that has finished latents already, so that a run only decodes them."""
+    """A `Keeper` that has finished latents of the first shots already, so that a run only decodes them."""
 
-    def __init__(self, latents: Tensor) -> None:
+    def __init__(self, *latents: Tensor) -> None:
         self.latents = latents
 
+    @classmethod
+    def kept(cls, path: Path) -> Latents:
+        """Those in the file that `Run.close` made, and in the files of later shots beside it. Raises BadRequest."""
+        found, shot = [read_latents(path)[0]], 1
+        while _numbered(path, shot).is_file():
+            found.append(read_latents(_numbered(path, shot))[0])
+            shot += 1
+        return cls(*found)
+
     def finished(self, shot: int) -> Tensor | None:
-        return self.latents
+        return self.latents[shot] if shot < len(self.latents) else None
 
     def restore(self, run: Denoising) -> None: ...
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wan.conditioning.audio import RATE, clip_features, clips_of, frames_of, open_sound, resampled
+from wan.conditioning.audio import RATE, clip_features, clips_of, entries_of, frames_of, open_sound, resampled
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.modules.s2v import AudioEncoder
 from wan.video.ffmpeg import ffmpeg_exe
@@ -123,6 +123,7 @@ def test_features_are_the_hidden_states_of_transformers(tiny_wav2vec: Path, tmp_
     with torch.no_grad():
         hidden = torch.cat(reference(normal[None], output_hidden_states=True).hidden_states)
     assert features.shape == (25, int(hidden.shape[1] / 50 * 30), 20)
+    assert features.shape[1] == entries_of(len(samples))
     expected = resampled(hidden)
     assert ((features - expected).norm() / expected.norm()).item() < 1e-5
     assert torch.equal(encoder.extract_audio_feat(path), features[-1])

@@ -255,6 +255,8 @@ def save(job: Job, video: Tensor) -> None:
         else:
             quality: dict[str, Any] = {} if job.crf is None else {"crf": job.crf}
             writers.save_video(tensor=video[None], fps=job.wanted.fps, **shared, **quality)
+            if job.output.sound is not None:
+                writers.merge_video_audio(video_path=path, audio_path=str(job.output.sound.path))
         if _written(job.output.path) in (None, before):
             raise OutputError(f"{path!r} was not written")
     except Exception as error:  # whatever the writer did, the frames must survive it
@@ -333,9 +335,10 @@ def _output(args: argparse.Namespace, wanted: Wanted, claims: Claims, tried: set
     from wan.video import Output, test_encode
 
     path = output_path(args, wanted, claims)
-    output = Output(path, fps=wanted.fps, **({} if args.crf is None else {"crf": args.crf}))
+    sound = None if wanted.inputs is None else wanted.inputs.sound
+    output = Output(path, fps=wanted.fps, sound=sound, **({} if args.crf is None else {"crf": args.crf}))
     size = (wanted.width, wanted.height, wanted.num_frames)
-    kind = (path.parent.absolute(), path.suffix.lower(), output.fps, output.crf, *size)
+    kind = (path.parent.absolute(), path.suffix.lower(), output.fps, output.crf, sound, *size)
     if kind in tried:
         return output
     try:

@@ -18,7 +18,7 @@ from wan.cli.naming import run_folder
 from wan.cli.signals import held
 from wan.engine.decoding import is_out_of_memory
 from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
-from wan.runs import Latents, Run, holds_work, read_latents
+from wan.runs import Latents, Run, holds_work
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Production:
             care.resume or run_folder(self.path), job.record, every=care.state_every, keep_switch=care.keep_latents,
             progress=terminal,
         )  # fmt: skip
-        self.keeper: Keeper = self.run if care.latents is None else Latents(read_latents(care.latents)[0])
+        self.keeper: Keeper = self.run if care.latents is None else Latents.kept(care.latents)
         self.sink = self._sink()
         self._limit = None if care.timeout_s is None else terminal.spent() + care.timeout_s
         self._begin()

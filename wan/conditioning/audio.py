@@ -21,13 +21,16 @@ from torch import Tensor
 from wan.engine.errors import BadRequest
 from wan.video import ffmpeg
 
-__all__ = ["RATE", "Sound", "clip_features", "clips_of", "frames_of", "open_sound", "resampled"]
+__all__ = ["RATE", "Sound", "clip_features", "clips_of", "entries_of", "frames_of", "open_sound", "resampled"]
 
 RATE = 16000
 """Samples a second that speech models hear."""
 
 MODEL_FPS, FEATURE_FPS = 50, 30
 """Entries a second: of the speech model, and of the features that frames are taken from."""
+
+_LAYERS = ((10, 5), *[(3, 2)] * 4, *[(2, 2)] * 2)
+"""Kernel and stride of the convolutions that wav2vec2 hears through."""
 
 SHORTEST = 400
 """Samples: one entry of the speech model."""
@@ -80,6 +83,13 @@ def resampled(states: Tensor) -> Tensor:
     """The speech model's entries [layers, K, A], 50 a second, as 30 a second."""
     count = int(states.shape[1] / MODEL_FPS * FEATURE_FPS)
     return F.interpolate(states.transpose(1, 2), size=count, mode="linear", align_corners=True).transpose(1, 2)
+
+
+def entries_of(samples: int) -> int:
+    """How many entries, 30 a second, that many samples make."""
+    for kernel, stride in _LAYERS:
+        samples = (samples - kernel) // stride + 1
+    return int(samples / MODEL_FPS * FEATURE_FPS)
 
 
 def clips_of(entries: int, frames: int, fps: float) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint, MissingPackage
 
-__all__ = ["AudioEncoder", "check_folder"]
+__all__ = ["AudioEncoder", "check_folder", "missing"]
 
 RATE = 16000
 _UNUSED = ("lm_head.", "wav2vec2.masked_spec_embed")
@@ -80,12 +80,15 @@ class AudioEncoder:
         return heard, clips_of(audio_embed.shape[1], batch_frames, fps)
 
 
+def missing(folder: Path) -> list[str]:
+    """The files of the speech model that are not in its folder."""
+    lacking = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+    return lacking if any((folder / name).is_file() for name in _WEIGHTS) else [*lacking, _WEIGHTS[0]]
+
+
 def check_folder(folder: Path) -> None:
     """Raise BadCheckpoint naming what is missing of the speech model; nothing is loaded."""
-    lacking = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        lacking.append(_WEIGHTS[0])
-    if lacking:
+    if lacking := missing(folder):
         raise BadCheckpoint(
             f"the speech model in {str(folder)!r} lacks {', '.join(lacking)}; the download of the checkpoint is "
             "incomplete"
