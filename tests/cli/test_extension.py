@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import wan
 from wan.cli.generate import main
@@ -111,7 +112,6 @@ def test_the_extended_prompt_makes_the_video_names_it_and_stands_in_the_record(
 
 def pixels(path: Path) -> torch.Tensor:
     import numpy as np
-    from PIL import Image
 
     return torch.from_numpy(np.array(Image.open(path).convert("RGB")))
 
@@ -183,6 +183,50 @@ def test_the_language_model_is_gone_before_the_videos_weights_come(
     monkeypatch.setitem(vars(wan), "WanT2V", Pipeline)
     assert main([*tiny, "--prompt", "a fox", "--use_prompt_extend"]) == 0
     assert closed == [1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "shown"),
+    [
+        (["--task", "i2v-14B", "--image", "first.png"], "first.png"),
+        (["--task", "i2v-A14B", "--image", "first.png", "--last_frame", "last.png"], ["first.png", "last.png"]),
+        (["--task", "flf2v-14B", "--last_frame", "last.png", "--first_frame", "first.png"], ["first.png", "last.png"]),
+        (["--task", "vace-1.3B", "--src_ref_images", "last.png,first.png"], ["last.png", "first.png"]),
+        (["--task", "t2v-1.3B"], None),
+    ],
+)
+def test_pictures_of_a_task_are_shown_in_their_order(
+    flags: list[str], shown: Any, writer: type[Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+
+    class Pipeline:
+        device = torch.device("cpu")
+
+        def __init__(self, **arguments: Any) -> None:
+            pass
+
+        def generate(self, prompt: str, *pictures: Any, last_frame: Any = None, **arguments: Any) -> torch.Tensor:
+            prompts.append(prompt)
+            return torch.zeros(3, 5, 48, 80)
+
+        def prepare_source(self, *sources: Any) -> Any:
+            return None, None, None
+
+    for name in ("WanI2V", "WanFLF2V", "WanVace", "WanT2V"):
+        monkeypatch.setitem(vars(wan), name, Pipeline)
+    for name in ("first.png", "last.png"):
+        Image.new("RGB", (80, 48), "red").save(name)
+    short = ["--load_format", "dummy", "--device", "cpu", "--size", "480p", "--frame_num", "5", "--save_file", "a.mp4"]
+    assert main([*flags, *short, "--prompt", "a fox" if shown is None else "", "--use_prompt_extend"]) == 0
+    (who,), ((prompt, how),) = writer.made, writer.asked
+    seen = how["image"] if isinstance(how["image"], list) else [how["image"]]
+    expected = shown if isinstance(shown, list) else [shown]
+    assert [each and Path(each).name for each in seen] == expected
+    assert isinstance(how["image"], list) == isinstance(shown, list)
+    assert who["is_vl"] == (shown is not None)
+    assert who["model_name"] == f"Qwen/Qwen2.5-{'14B' if shown is None else 'VL-7B'}-Instruct"
+    assert prompts == [f"{prompt}, long"]
 
 
 def test_nothing_is_asked_before_all_checks_or_for_a_plan(tiny: list[str], writer: type[Writer], capsys: Any) -> None:
