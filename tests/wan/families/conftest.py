@@ -42,7 +42,7 @@ def ti2v_checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: 
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        dit = WanModel(model_type="ti2v", in_dim=48, out_dim=48, text_dim=32, **SIZES)
+        dit = WanModel(model_type="ti2v", in_dim=48, out_dim=48, text_dim=32, text_len=32, **SIZES)
         vae = WanVAEModel(
             VAEConfig(z_dim=48, encoder_dim=8, decoder_dim=8, num_res_blocks=1, patch_size=2, grouped=True)
         )
@@ -57,7 +57,7 @@ def vace_checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: 
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        dit = VaceWanModel(vace_layers=(0, 1), vace_in_dim=96, text_dim=32, **SIZES)
+        dit = VaceWanModel(vace_layers=(0, 1), vace_in_dim=96, text_dim=32, text_len=32, **SIZES)
         for layer in (dit.vace_blocks[0].before_proj, *(block.after_proj for block in dit.vace_blocks)):
             nn.init.normal_(layer.weight, std=0.2)  # type: ignore[union-attr,arg-type]
         vae = WanVAEModel(VAEConfig(encoder_dim=8, decoder_dim=8, num_res_blocks=1))

@@ -200,3 +200,54 @@ def test_the_preview_checkpoint_that_calls_itself_t2v_is_read(
     (folder / "config.json").write_text(json.dumps(config))
     pipeline = wan.WanVace(small_config("vace-14B"), folder, device="cpu")
     assert type(pipeline.model).__name__ == "VaceWanModel"
+
+
+def test_diffusers_layout_makes_the_same_video(
+    vace_checkpoint: Path, small_config: Callable[[str], Any], tmp_path: Path, film: Film
+) -> None:
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, diffusers_vae
+    from wan.layouts.library import text_encoder_config, transformer_config, vae_config
+
+    config, folder = small_config("vace-1.3B"), tmp_path / "diffusers"
+    original = wan.WanVace(config, vace_checkpoint, device="cpu")
+    parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
+        "transformer": (transformer_config(original.model.config), _renamed(original.model, DIFFUSERS_DIT)),
+        "vae": (vae_config(original.vae.model.config), _renamed(original.vae.model, diffusers_vae(4, 1))),
+        "text_encoder": (
+            text_encoder_config(original.text_encoder.model), _renamed(original.text_encoder.model, TRANSFORMERS_T5)
+        ),
+    }  # fmt: skip
+    for name, (fields, state) in parts.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(fields))
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        save_file(state, folder / name / f"{stem}.safetensors")
+    shutil.copytree(vace_checkpoint / "google" / "umt5-xxl", folder / "tokenizer")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanVACEPipeline"}))
+    assert "vace_blocks.0.proj_in.weight" in load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+
+    other = wan.WanVace(config, folder, device="cpu")
+    sources = original.prepare_source([film("a.mkv")], [None], [None], 9, (48, 32), CPU)
+    one, two = (each.generate("a cat", *sources, **SMALL) for each in (original, other))
+    assert one is not None and two is not None and torch.equal(one, two)
+
+
+def _renamed(module: torch.nn.Module, names: Any) -> dict[str, Tensor]:
+    return {names.to_theirs(key): value.contiguous() for key, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("task", ["vace-1.3B", "vace-14B", "ti2v-5B"])
+def test_dummy_networks_have_the_published_keys(task: str) -> None:
+    import json
+
+    from wan.components import dummy_components
+
+    expected = json.loads((Path(__file__).parents[1] / "data" / "dit_keys.json").read_text())[task]
+    networks = {component.name: component.build() for component in dummy_components(WAN_CONFIGS[task])}
+    assert len(networks["dit"].state_dict()) == expected["count"]
+    assert networks["vae"].z_dim == networks["dit"].out_dim
