@@ -65,5 +65,5 @@ def test_every_weight_of_the_2_2_vae_has_one_name_in_diffusers() -> None:
 
 
 def test_unknown_weight_is_refused_by_name() -> None:
-    with pytest.raises(BadCheckpoint, match="img_emb"):
-        DIFFUSERS_DIT.to_theirs("img_emb.proj.0.weight")
+    with pytest.raises(BadCheckpoint, match="audio_injector"):
+        DIFFUSERS_DIT.to_theirs("audio_injector.injector.0.q.weight")
