@@ -119,10 +119,13 @@ def write_upstream(checkpoint: Checkpoint, out: Output) -> None:
     for part in checkpoint.places.experts:
         network = checkpoint.network(part)
         sizes: Any = network.module()
-        fields = {"_class_name": "WanModel"} | {key: sizes.config[key] for key in PUBLISHED}
+        told = [key for key in (*PUBLISHED, "vace_layers", "vace_in_dim") if key in sizes.config]
+        fields = {"_class_name": type(sizes).__name__} | {key: sizes.config[key] for key in told}
         out.safetensors(network, names[part], DIT_STEM, None, fields)
     out.pth(checkpoint.network("text_encoder"), names["text_encoder"])
-    out.pth(checkpoint.network("vae"), names["vae"])
+    for part in ("vae", "clip"):
+        if part in names:
+            out.pth(checkpoint.network(part), names[part])
     out.tokenizer(checkpoint, names["tokenizer"])
 
 
@@ -132,7 +135,7 @@ def write_diffusers(checkpoint: Checkpoint, out: Output) -> None:
     for part, folder in folders.items():
         network = checkpoint.network(part)
         sizes: Any = network.module()
-        fields = {"_class_name": "WanTransformer3DModel"} | transformer_config(sizes.config)
+        fields = {"_class_name": _classes(checkpoint)[1]} | transformer_config(sizes.config)
         out.safetensors(network, folder, DIT_STEM, DIFFUSERS_DIT, fields)
     network = checkpoint.network("text_encoder")
     fields = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | text_encoder_config(network.module())
@@ -143,11 +146,19 @@ def write_diffusers(checkpoint: Checkpoint, out: Output) -> None:
     names = diffusers_vae22(blocks) if vae.config.grouped else diffusers_vae(levels, blocks)
     out.safetensors(network, "vae", DIT_STEM, names, {"_class_name": "AutoencoderKLWan"} | vae_config(vae.config))
     out.tokenizer(checkpoint, "tokenizer")
-    _write_index(checkpoint.config, out, two="transformer_2" in folders.values())
+    _write_index(checkpoint, out, two="transformer_2" in folders.values())
 
 
-def _write_index(config: Any, out: Output, *, two: bool) -> None:
+def _classes(checkpoint: Checkpoint) -> tuple[str, str]:
+    """diffusers' pipeline and transformer."""
+    if checkpoint.kind == "vace":
+        return "WanVACEPipeline", "WanVACETransformer3DModel"
+    return "WanPipeline", "WanTransformer3DModel"
+
+
+def _write_index(checkpoint: Checkpoint, out: Output, *, two: bool) -> None:
     """model_index.json and the scheduler, which in diffusers holds the sampling shift."""
+    config, (pipeline, transformer) = checkpoint.config, _classes(checkpoint)
     out.json(
         "scheduler/scheduler_config.json",
         {
@@ -166,19 +177,21 @@ def _write_index(config: Any, out: Output, *, two: bool) -> None:
     out.json(
         "model_index.json",
         {
-            "_class_name": "WanPipeline",
+            "_class_name": pipeline,
             "boundary_ratio": config.get("boundary"),
+            "expand_timesteps": checkpoint.kind == "ti2v",
             "scheduler": ["diffusers", "UniPCMultistepScheduler"],
             "text_encoder": ["transformers", "UMT5EncoderModel"],
             "tokenizer": ["transformers", kind if kind.endswith("Fast") else f"{kind}Fast"],
-            "transformer": ["diffusers", "WanTransformer3DModel"],
-            "transformer_2": ["diffusers", "WanTransformer3DModel"] if two else [None, None],
+            "transformer": ["diffusers", transformer],
+            "transformer_2": ["diffusers", transformer] if two else [None, None],
             "vae": ["diffusers", "AutoencoderKLWan"],
         },
     )
 
 
 LAYOUTS = {"upstream": write_upstream, "diffusers": write_diffusers}
+FILES = ("dit", "dit_low", "t5", "vae", "clip", "tokenizer")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -208,18 +221,21 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _checkpoint(args: argparse.Namespace) -> Checkpoint:
-    files = CheckpointFiles(dit=args.dit, dit_low=args.dit_low, vae=args.vae, t5=args.t5, tokenizer=args.tokenizer)
+    files = CheckpointFiles(**{name: getattr(args, name) for name in FILES})
     folder = None if args.ckpt_dir is None else Path(args.ckpt_dir).expanduser()
     task = args.task or detect_task(folder, WAN_CONFIGS, files)
     if task not in WAN_CONFIGS:
         said = "no model was found" if task is None else f"{task!r} cannot be converted"
         raise BadRequest(f"{said}; pass --ckpt_dir or --dit, and --task with one of {', '.join(WAN_CONFIGS)}")
     check_folder(folder, task, WAN_CONFIGS, files)
-    return Checkpoint(folder, WAN_CONFIGS[task], files)
+    checkpoint = Checkpoint(folder, WAN_CONFIGS[task], files, task.partition("-")[0].replace("t2i", "t2v"))
+    if args.to == "diffusers" and "clip" in checkpoint.places.paths:
+        raise BadRequest(f"--to diffusers: {task} has a CLIP image encoder, which only --to upstream writes so far")
+    return checkpoint
 
 
 def _check_space(checkpoint: Checkpoint, out: Output) -> None:
-    parts = (*checkpoint.places.experts, "text_encoder", "vae")
+    parts = [part for part in checkpoint.places.paths if part != "tokenizer"]
     needed = sum(table_bytes(out.table(checkpoint.network(part), None)) for part in parts)
     free = shutil.disk_usage(out.folder).free
     if needed > free:
@@ -232,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--ckpt_dir", help="checkpoint folder in any layout")
     parser.add_argument("--task", help="what the checkpoint is for (default: told by its keys)")
-    for name in ("dit", "dit_low", "t5", "vae", "tokenizer"):
+    for name in FILES:
         parser.add_argument(f"--{name}", help="as in generate.py: this file in place of the folder's")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
     parser.add_argument("--out", required=True, help="the folder to make; it must not exist")

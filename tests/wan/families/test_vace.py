@@ -202,43 +202,37 @@ def test_the_preview_checkpoint_that_calls_itself_t2v_is_read(
     assert type(pipeline.model).__name__ == "VaceWanModel"
 
 
-def test_diffusers_layout_makes_the_same_video(
-    vace_checkpoint: Path, small_config: Callable[[str], Any], tmp_path: Path, film: Film
-) -> None:
+def test_a_converted_checkpoint_makes_the_same_video_and_converts_back(
+    vace_checkpoint: Path, small_config: Callable[[str], Any], tmp_path: Path, film: Film, root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import importlib.util
     import json
-    import shutil
 
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
-    from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, diffusers_vae
-    from wan.layouts.library import text_encoder_config, transformer_config, vae_config
+    spec = importlib.util.spec_from_file_location("convert_vace", root / "tools" / "convert.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = small_config("vace-1.3B")
+    monkeypatch.setitem(WAN_CONFIGS, "vace-1.3B", config)
+    there, back = tmp_path / "diffusers", tmp_path / "upstream"
+    task = ["--task", "vace-1.3B"]
+    assert tool.main(["--ckpt_dir", str(vace_checkpoint), "--to", "diffusers", "--out", str(there), *task]) == 0
+    assert tool.main(["--ckpt_dir", str(there), "--to", "upstream", "--out", str(back), *task]) == 0
+    index = json.loads((there / "model_index.json").read_text())
+    assert (index["_class_name"], index["transformer"][1]) == ("WanVACEPipeline", "WanVACETransformer3DModel")
+    file = "diffusion_pytorch_model.safetensors"
+    assert "vace_blocks.0.proj_in.weight" in load_file(there / "transformer" / file)
+    before, after = load_file(vace_checkpoint / file), load_file(back / file)
+    assert before.keys() == after.keys() and all(torch.equal(value, after[key]) for key, value in before.items())
+    assert json.loads((back / "config.json").read_text())["vace_layers"] == [0, 1]
 
-    config, folder = small_config("vace-1.3B"), tmp_path / "diffusers"
-    original = wan.WanVace(config, vace_checkpoint, device="cpu")
-    parts: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {
-        "transformer": (transformer_config(original.model.config), _renamed(original.model, DIFFUSERS_DIT)),
-        "vae": (vae_config(original.vae.model.config), _renamed(original.vae.model, diffusers_vae(4, 1))),
-        "text_encoder": (
-            text_encoder_config(original.text_encoder.model), _renamed(original.text_encoder.model, TRANSFORMERS_T5)
-        ),
-    }  # fmt: skip
-    for name, (fields, state) in parts.items():
-        (folder / name).mkdir(parents=True)
-        (folder / name / "config.json").write_text(json.dumps(fields))
-        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
-        save_file(state, folder / name / f"{stem}.safetensors")
-    shutil.copytree(vace_checkpoint / "google" / "umt5-xxl", folder / "tokenizer")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanVACEPipeline"}))
-    assert "vace_blocks.0.proj_in.weight" in load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
-
-    other = wan.WanVace(config, folder, device="cpu")
-    sources = original.prepare_source([film("a.mkv")], [None], [None], 9, (48, 32), CPU)
-    one, two = (each.generate("a cat", *sources, **SMALL) for each in (original, other))
+    pipelines = [wan.WanVace(config, folder, device="cpu") for folder in (vace_checkpoint, there)]
+    sources = pipelines[0].prepare_source([film("a.mkv")], [None], [None], 9, (48, 32), CPU)
+    one, two = (each.generate("a cat", *sources, **SMALL) for each in pipelines)
     assert one is not None and two is not None and torch.equal(one, two)
-
-
-def _renamed(module: torch.nn.Module, names: Any) -> dict[str, Tensor]:
-    return {names.to_theirs(key): value.contiguous() for key, value in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("task", ["vace-1.3B", "vace-14B", "ti2v-5B"])
