@@ -114,6 +114,23 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "w": REQUIRED, "h": REQUIRED, "dw": REQUIRED, "dh": REQUIRED, "expected_area": REQUIRED,
     },
     "wan.utils.utils:masks_like": {"tensor": REQUIRED, "zero": False, "generator": None, "p": 0.2},
+    "wan:WanS2V": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
+        "dit_fsdp": False, "use_sp": False, "t5_cpu": False, "init_on_cpu": True, "convert_model_dtype": False,
+    },
+    "wan:WanS2V.generate": {
+        "self": REQUIRED, "input_prompt": REQUIRED, "ref_image_path": REQUIRED, "audio_path": REQUIRED,
+        "enable_tts": REQUIRED, "tts_prompt_audio": REQUIRED, "tts_prompt_text": REQUIRED, "tts_text": REQUIRED,
+        "num_repeat": 1, "pose_video": None, "max_area": 720 * 1280, "infer_frames": 80, "shift": 5.0,
+        "sample_solver": "unipc", "sampling_steps": 40, "guide_scale": 5.0, "n_prompt": "", "seed": -1,
+        "offload_model": True, "init_first_frame": False,
+    },
+    "wan.modules.s2v:WanModel_S2V.forward": {
+        "self": REQUIRED, "x": REQUIRED, "t": REQUIRED, "context": REQUIRED, "seq_len": REQUIRED,
+        "ref_latents": REQUIRED, "motion_latents": REQUIRED, "cond_states": REQUIRED, "audio_input": None,
+        "motion_frames": [17, 5], "add_last_motion": 2, "drop_motion_frames": False,
+    },
+    "wan.utils.utils:merge_video_audio": {"video_path": REQUIRED, "audio_path": REQUIRED},
     "wan.modules.model:WanModel": {
         "model_type": "t2v", "patch_size": (1, 2, 2), "text_len": 512, "in_dim": 16, "dim": 2048, "ffn_dim": 8192,
         "freq_dim": 256, "text_dim": 4096, "out_dim": 16, "num_heads": 16, "num_layers": 32,
@@ -161,7 +178,8 @@ DOORS = [
     "wan:configs", "wan:modules", "wan:distributed", "wan.configs:WAN_CONFIGS", "wan.configs:SIZE_CONFIGS",
     "wan.configs:MAX_AREA_CONFIGS", "wan.configs:SUPPORTED_SIZES", "wan.modules:WanModel", "wan.modules:T5Model",
     "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
-    "wan.modules:flash_attention", "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
+    "wan.modules:flash_attention", "wan.modules.s2v:AudioEncoder", "wan.speech2video:WanS2V",
+    "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
     "wan.image2video:WanI2V", "wan.first_last_frame2video:WanFLF2V", "wan.modules.clip:CLIPModel",
     "wan.textimage2video:WanTI2V", "wan.vace:WanVace", "wan.animate:WanAnimate",
     "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",

@@ -233,13 +233,17 @@ def test_kept_latents_of_every_clip_give_the_same_video(
     keeper.begin()
     video = talk(pipe, picture, speech, num_repeat=2, keeper=keeper)
     steps: list[Any] = []
-    again = talk(pipe, picture, speech, num_repeat=2, keeper=keeper, observe=(lambda step, latents: steps.append(step),))
+    again = talk(
+        pipe, picture, speech, num_repeat=2, keeper=keeper, observe=(lambda step, latents: steps.append(step),)
+    )
     assert torch.equal(again, video) and not steps
     keeper.close()
 
 
 def test_random_weights_need_no_speech_model(config: Any, picture: Path, speech: Path) -> None:
-    config.update(t5_sizes={"vocab_size": 320, "dim": 32, "dim_attn": 32, "dim_ffn": 48, "num_heads": 2, "num_layers": 1})
+    config.update(
+        t5_sizes={"vocab_size": 320, "dim": 32, "dim_attn": 32, "dim_ffn": 48, "num_heads": 2, "num_layers": 1}
+    )
     config.update(vae_sizes={"encoder_dim": 8, "decoder_dim": 8, "num_res_blocks": 1}, audio_dim=1024)
     pipe = wan.WanS2V(config, None, device="cpu", load_format="dummy")
     assert talk(pipe, picture, speech, num_repeat=1, sampling_steps=1).shape == (3, 5, 64, 64)
