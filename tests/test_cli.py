@@ -78,7 +78,7 @@ REFUSED = [
     ([], r"--ckpt_dir is missing.*hf download.*--task t2v-demo"),
     (["--task", "t2v-14B"], r"pass the folder of the t2v-14B checkpoint.*Wan-AI/Wan2\.1-T2V-14B.*--task t2v-demo"),
     (["--task", "t2v-99B"], r"--task 't2v-99B' is unknown; use one of .*t2v-A14B"),
-    (["--task", "i2v-14B"], r"--task 'i2v-14B' is not in this version yet; it runs .*t2v-A14B"),
+    (["--task", "i2v-14B"], r"--image is missing: i2v-14B makes a video that begins with a picture"),
     (["--task", "t2v-14B", "--ckpt_dir", "nowhere"], r"--ckpt_dir 'nowhere' is not a folder"),
     ([*DUMMY, "--size", "720p"], r"--size '720p'.*480\*832, 832\*480; the nearest is 832\*480.*--any_size"),
     ([*DUMMY, "--size", "huge"], r"size 'huge' is not WIDTH\*HEIGHT.*1280x720.*720p"),
@@ -104,7 +104,7 @@ REFUSED = [
     ([*DUMMY, "--preset", "quick"], r"--preset 'quick' is unknown: use none, auto.*cpu.*FILE\.toml"),
     ([*DUMMY, "--preset", "mine.toml"], r"--preset 'mine\.toml': there is no such file"),
     (["--task", "t2i-14B", "--load_format", "dummy", "--frame_num", "5"], r"t2i-14B makes one image"),
-    (["--image", "cat.png"], r"--image cat\.png: image-to-video is not in this version yet"),
+    (["--image", "cat.png"], r"--image: t2v-A14B has no use for it \(it takes a text alone\)"),
     (["--ulysses_size", "2"], r"--ulysses_size 2: running on several GPUs.*leave the flag out"),
 ]
 

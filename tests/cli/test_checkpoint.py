@@ -99,7 +99,12 @@ def whole(tiny_checkpoint: Path, tiny_config: Any, tmp_path: Path, monkeypatch: 
         ({"model_type": "t2v", "dim": 96}, TWO, {}, "t2v-A14B"),
         ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),
         ({"model_type": "i2v", "dim": 96, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),
-        ({"model_type": "flf2v", "dim": 5120, "in_dim": 36}, (), {"image_dim": 80, "image_positions": 514}, "flf2v-14B"),
+        (
+            {"model_type": "flf2v", "dim": 5120, "in_dim": 36},
+            (),
+            {"image_dim": 80, "image_positions": 514},
+            "flf2v-14B",
+        ),
         ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, TWO, {}, "i2v-A14B"),
         ({"model_type": "t2v", "dim": 1536}, (), VACE, "vace-1.3B"),
         ({"model_type": "t2v", "dim": 5120}, (), VACE, "vace-14B"),

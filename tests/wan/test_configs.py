@@ -33,6 +33,12 @@ SHARED = {
     "vae_stride": (4, 8, 8),
 }
 BIG = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+CLIP = {
+    "clip_model": "clip_xlm_roberta_vit_h_14",
+    "clip_dtype": torch.float16,
+    "clip_checkpoint": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+    "clip_tokenizer": "xlm-roberta-large",
+}
 WAN_2_1 = {"sample_steps": 50, "sample_shift": 5.0, "sample_guide_scale": 5.0}
 TASKS = {
     "t2v-1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30, "frame_num": 81} | WAN_2_1,
@@ -48,6 +54,18 @@ TASKS = {
         "low_noise_checkpoint": "low_noise_model",
         "high_noise_checkpoint": "high_noise_model",
     },
+    "i2v-14B": BIG | WAN_2_1 | CLIP | {"frame_num": 81, "sample_steps": 40},
+    "flf2v-14B": BIG | WAN_2_1 | CLIP | {"frame_num": 81, "sample_shift": 16.0},
+    "i2v-A14B": BIG
+    | {
+        "frame_num": 81,
+        "sample_steps": 40,
+        "sample_shift": 5.0,
+        "sample_guide_scale": (3.5, 3.5),
+        "boundary": 0.9,
+        "low_noise_checkpoint": "low_noise_model",
+        "high_noise_checkpoint": "high_noise_model",
+    },
 }
 
 
@@ -57,13 +75,18 @@ def test_values_are_upstreams(task: str) -> None:
     for field, value in (SHARED | TASKS[task]).items():
         assert config[field] == value, field
         assert type(config[field]) is type(value), field
-    assert ("boundary" in config) == (task == "t2v-A14B")
+    assert ("boundary" in config) == task.endswith("A14B")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_negative_prompt_is_byte_exact(task: str) -> None:
     digest = hashlib.sha256(WAN_CONFIGS[task].sample_neg_prompt.encode("utf-8")).hexdigest()
-    assert digest == "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    shared = "ce96e0324e4b54ce4b6e867f669ca520952e1a34cc116543516b1897f0d3c47e"
+    own = {
+        "i2v-14B": "412753d092bcf3708424769cd0f54e27973d53a12e229e5492b718457213fc2f",
+        "flf2v-14B": "43885bed372496a7998e1c1c83a19dd46254345e0b2c9a23e6fafde8f9d6e106",
+    }
+    assert digest == own.get(task, shared)
 
 
 def test_entries_have_names_and_are_independent() -> None:
@@ -71,6 +94,9 @@ def test_entries_have_names_and_are_independent() -> None:
     assert names["t2v-14B"] == "Config: Wan T2V 14B"
     assert names["t2i-14B"] == "Config: Wan T2I 14B"
     assert names["t2v-1.3B"] == "Config: Wan T2V 1.3B"
+    assert names["i2v-14B"] == "Config: Wan I2V 14B"
+    assert names["flf2v-14B"] == "Config: Wan FLF2V 14B"
+    assert names["i2v-A14B"] == "Config: Wan I2V A14B"
     assert names["t2v-A14B"] == "Config: Wan T2V A14B"
     assert len(set(names.values())) == len(names)
     WAN_CONFIGS["t2i-14B"].probe = 1
@@ -122,6 +148,8 @@ def test_supported_sizes() -> None:
 
 
 def test_import_quiets_the_tokenizer_but_keeps_a_users_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in vars(wan.configs).copy().items():  # others hold what stands there before the reload
+        monkeypatch.setattr(wan.configs, name, value)
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     importlib.reload(wan.configs)
     assert os.environ["TOKENIZERS_PARALLELISM"] == "false"

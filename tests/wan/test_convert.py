@@ -158,7 +158,7 @@ REFUSED = [
     (["--to", "diffusers", "--out", "there"], "--out 'there' exists already"),
     (["--ckpt_dir", "nowhere", "--to", "upstream", "--out", "new"], "pass --ckpt_dir or --dit"),
     (["--task", "t2v-14B", "--ckpt_dir", "DEMO", "--to", "upstream", "--out", "new"], "holds t2v-demo, not t2v-14B"),
-    (["--task", "i2v-14B", "--ckpt_dir", "DEMO", "--to", "upstream", "--out", "new"], "'i2v-14B' cannot be converted"),
+    (["--task", "i2v-99B", "--ckpt_dir", "DEMO", "--to", "upstream", "--out", "new"], "'i2v-99B' cannot be converted"),
     (["--ckpt_dir", "DEMO", "--shard_gb", "0", "--to", "upstream", "--out", "new"], "--shard_gb 0.0: it must be"),
     (["--ckpt_dir", "DEMO", "--vae", "no.pth", "--to", "upstream", "--out", "new"], "--vae 'no.pth' does not exist"),
     (["--ckpt_dir", "DEMO", "--to", "upstream", "--out", "there/file/new"], "--out 'there/file/new' cannot be written"),

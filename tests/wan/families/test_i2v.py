@@ -14,12 +14,15 @@ import torch
 import torch.nn.functional as F
 from easydict import EasyDict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import wan
 from wan.cli.generate import main
 from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_CLIP
+from wan.layouts import CheckpointFiles
 from wan.modules.clip import CLIPModel, ImageTower
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5Encoder, T5EncoderModel
@@ -27,7 +30,15 @@ from wan.modules.vae import VAEConfig, WanVAE, WanVAEModel
 from wan.video import verify_video
 
 SIZES = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "num_heads": 2, "num_layers": 2}
-CLIP_SIZES = {"image_size": 28, "patch_size": 7, "dim": 80, "mlp_dim": 64, "out_dim": 8, "num_heads": 1, "num_layers": 3}
+CLIP_SIZES = {
+    "image_size": 28,
+    "patch_size": 7,
+    "dim": 80,
+    "mlp_dim": 64,
+    "out_dim": 8,
+    "num_heads": 1,
+    "num_layers": 3,
+}
 BRANCHES = {"i2v-14B": (80, 0), "flf2v-14B": (80, 34), "i2v-A14B": (0, 0)}
 TASKS = tuple(BRANCHES)
 
@@ -306,13 +317,13 @@ def test_picture_is_of_no_use_to_text_to_video(capsys: Any) -> None:
     assert "--image: t2v-1.3B has no use for it (it takes a text alone)" in capsys.readouterr().err
 
 
-def test_task_is_told_from_the_checkpoint(
-    run: Callable[..., int], checkpoints: dict[str, Path], capsys: Any
-) -> None:
+def test_task_is_told_from_the_checkpoint(run: Callable[..., int], checkpoints: dict[str, Path], capsys: Any) -> None:
     pictures = {"flf2v-14B": [*FIRST, *LAST]}
     for task in TASKS:
         flags = pictures.get(task, ["--image", "wide.png"])
-        assert main(["--ckpt_dir", str(checkpoints[task]), *flags, "--print_plan", "--any_size", "--size", "32x16"]) == 0
+        assert (
+            main(["--ckpt_dir", str(checkpoints[task]), *flags, "--print_plan", "--any_size", "--size", "32x16"]) == 0
+        )
         assert f"task    {task} (read from --ckpt_dir)" in capsys.readouterr().err
 
 
@@ -350,10 +361,87 @@ def test_dummy_weights_need_no_checkpoint(
     config.update(vae_sizes={"encoder_dim": 8, "decoder_dim": 8, "num_res_blocks": 1}, clip_sizes=CLIP_SIZES)
     width, positions = BRANCHES[task]
     config.update(image_dim=width, image_positions=positions)
-    pictures = ["--first_frame", "wide.png", "--last_frame", "wide.png"] if width and positions else ["--image", "wide.png"]
+    pictures = (
+        ["--first_frame", "wide.png", "--last_frame", "wide.png"] if width and positions else ["--image", "wide.png"]
+    )
     small = ["--size", "32x16", "--any_size", "--frame_num", "5", "--sample_steps", "1", "--device", "cpu"]
     assert main(["--task", task, "--load_format", "dummy", *small, *pictures, "--save_file", "out.mp4"]) == 0
     assert verify_video("out.mp4").frames == 5
+
+
+def test_every_layout_makes_the_same_video(
+    checkpoints: dict[str, Path], configs: dict[str, Any], tmp_path: Path
+) -> None:
+    folder, config = checkpoints["i2v-14B"], configs["i2v-14B"]
+    dit = load_file(folder / "diffusion_pytorch_model.safetensors")
+    tower = torch.load(folder / config.clip_checkpoint, weights_only=True)
+    comfy, diffusers = tmp_path / "models", tmp_path / "diffusers"
+    for where in (
+        comfy / "diffusion_models",
+        comfy / "clip_vision",
+        diffusers / "transformer",
+        diffusers / "image_encoder",
+    ):
+        where.mkdir(parents=True)
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in dit.items()}, comfy / "diffusion_models" / "wan2.1_i2v.safetensors"
+    )
+    vision = {key: value.contiguous() for key, value in as_transformers(tower).items()}
+    save_file(
+        vision | {"visual_projection.weight": torch.zeros(2, 2)}, comfy / "clip_vision" / "clip_vision_h.safetensors"
+    )
+    save_file(vision, diffusers / "image_encoder" / "model.safetensors")
+    save_file(
+        {DIFFUSERS_DIT.to_theirs(k): v for k, v in dit.items()},
+        diffusers / "transformer" / "diffusion_pytorch_model.safetensors",
+    )
+    fields = {"num_attention_heads": 2, "attention_head_dim": 24, "image_dim": 80, "in_channels": 36, "ffn_dim": 64}
+    (diffusers / "transformer" / "config.json").write_text(json.dumps(fields))
+    (diffusers / "model_index.json").write_text("{}")
+    rest = {
+        "t5": folder / config.t5_checkpoint,
+        "vae": folder / config.vae_checkpoint,
+        "tokenizer": folder / config.t5_tokenizer,
+    }
+    single = {"dit": comfy / "diffusion_models" / "wan2.1_i2v.safetensors", "clip": folder / config.clip_checkpoint}
+    places: list[tuple[Path | None, CheckpointFiles | None]] = [
+        (folder, None), (comfy, CheckpointFiles(**rest)), (diffusers, CheckpointFiles(**rest)),
+        (None, CheckpointFiles(**rest, **single)),
+    ]  # fmt: skip
+    videos = [
+        wan.WanI2V(config, where, files=files, device="cpu").generate(
+            "a cat", picture(64, 32), max_area=512, frame_num=5, sampling_steps=1, seed=3
+        )
+        for where, files in places
+    ]
+    assert all(torch.equal(video, videos[0]) for video in videos[1:])
+
+
+def as_transformers(tower: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of CLIP's image tower as transformers stores them."""
+    made: dict[str, Tensor] = {}
+    for key, value in tower.items():
+        if ".to_qkv." in key:
+            parts = zip("qkv", value.chunk(3), strict=True)
+            made |= {TRANSFORMERS_CLIP.to_theirs(key.replace("to_qkv", part)): piece for part, piece in parts}
+        elif key.startswith("visual.") and key != "visual.head":
+            flat = {"visual.cls_embedding": value.flatten(), "visual.pos_embedding": value[0]}.get(key, value)
+            made[TRANSFORMERS_CLIP.to_theirs(key)] = flat
+    return made
+
+
+def test_prompt_file_gives_each_line_its_picture(run: Callable[..., int], capsys: Any) -> None:
+    lines = [
+        {"prompt": f"{name} moves", "image": f"{name}.png", "save_file": f"{name}.mp4"} for name in ("wide", "tall")
+    ]
+    Path("queue.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run("i2v-14B", "--prompt_file", "queue.jsonl", "--save_file", "out/") == 0
+    sizes = [verify_video(f"{name}.mp4") for name in ("wide", "tall")]
+    assert [(each.width, each.height) for each in sizes] == [(32, 16), (16, 32)]
+    lines[1]["image"] = "text.png"
+    Path("queue.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run("i2v-14B", "--prompt_file", "queue.jsonl", "--save_file", "out/", "--results", "other.jsonl") == 2
+    assert re.search(r"queue\.jsonl.*2.*--image 'text\.png' is no picture", capsys.readouterr().err)
 
 
 # Configurations ------------------------------------------------------------------------------------------------------
