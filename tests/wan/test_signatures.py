@@ -180,6 +180,7 @@ DOORS = [
     "wan.modules:T5Encoder", "wan.modules:T5Decoder", "wan.modules:T5EncoderModel", "wan.modules:HuggingfaceTokenizer",
     "wan.modules:flash_attention", "wan.modules.s2v:AudioEncoder", "wan.speech2video:WanS2V",
     "wan.modules:VaceWanModel", "wan.utils:VaceVideoProcessor",
+    "wan.utils.vace_processor:VaceVideoProcessor", "wan.modules.vace_model:VaceWanModel",
     "wan.image2video:WanI2V", "wan.first_last_frame2video:WanFLF2V", "wan.modules.clip:CLIPModel",
     "wan.textimage2video:WanTI2V", "wan.vace:WanVace", "wan.animate:WanAnimate",
     "wan.modules:WanVAE", "wan.modules:Wan2_1_VAE", "wan.modules:Wan2_2_VAE",
