@@ -293,6 +293,26 @@ def test_diffusers_layout_is_chosen_where_there_is_no_other() -> None:
     assert one[1] == [] and not [name for name in one[0] if name.startswith("transformer_2")]
 
 
+def test_clip_is_fetched_for_tasks_that_look_through_it_and_its_text_tower_is_not() -> None:
+    clip = WAN_CONFIGS["i2v-14B"].clip_checkpoint
+    names = ["config.json", f"{DIT}.safetensors", "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth", clip]
+    names += ["google/umt5-xxl/tokenizer.json", "xlm-roberta-large/tokenizer.json"]
+    files, lacking = needed(names, WAN_CONFIGS["i2v-14B"])
+    assert lacking == [] and set(names) - set(files) == {"xlm-roberta-large/tokenizer.json"}
+    assert needed(set(names) - {clip}, WAN_CONFIGS["flf2v-14B"])[1] == [clip]
+    assert clip not in needed(names, WAN_CONFIGS["t2v-14B"])[0]
+    library = ["model_index.json", "tokenizer/tokenizer.json", "image_encoder/config.json"]
+    library += ["image_encoder/model.safetensors", "text_encoder/config.json", "text_encoder/model.safetensors"]
+    library += [
+        f"{folder}/{name}" for folder in ("transformer", "vae") for name in ("config.json", f"{DIT}.safetensors")
+    ]
+    assert needed(library, WAN_CONFIGS["i2v-14B"]) == (
+        sorted_as(library, needed(library, WAN_CONFIGS["i2v-14B"])[0]),
+        [],
+    )
+    assert "image_encoder/model.safetensors" not in needed(library, WAN_CONFIGS["t2v-14B"])[0]
+
+
 def sorted_as(names: list[str], order: list[str]) -> list[str]:
     return sorted(names, key=order.index)
 

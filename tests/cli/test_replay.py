@@ -316,6 +316,16 @@ def test_run_goes_on_with_the_weights_it_began_with_only() -> None:
         require_same_start(made, other, source="--resume 'clip.run'")
 
 
+def test_run_goes_on_with_the_picture_it_began_with_only() -> None:
+    made = {"inputs": {"image": {"file": "/a/cat.png", "hash": "sha256:1"}}}
+    require_same_start(made, {"inputs": {"image": {"file": "/b/cat.png", "hash": "sha256:1"}}}, source="--resume 'x'")
+    other = {"inputs": {"image": {"file": "/a/cat.png", "hash": "sha256:2"}}}
+    with pytest.raises(
+        BadRequest, match=r"--resume 'x' was begun with another --image: '/a/cat\.png' has changed since"
+    ):
+        require_same_start(made, other, source="--resume 'x'")
+
+
 def test_run_goes_on_only_where_its_noise_comes_from() -> None:
     now = record_of(DUMMY)
     with pytest.raises(

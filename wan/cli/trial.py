@@ -129,31 +129,22 @@ class Ours:
         self.pipe.engine.load()
 
     def run(self) -> Trial:
-        from wan.engine.types import Request
-        from wan.pipeline import scale_pair
-
         wanted = self.wanted
-        request = Request(
-            task=wanted.task,
-            prompt=wanted.prompt,
-            negative_prompt=wanted.n_prompt or self.config.sample_neg_prompt,
-            height=wanted.height,
-            width=wanted.width,
-            num_frames=wanted.num_frames,
-            steps=wanted.steps,
-            shift=wanted.shift,
-            solver=wanted.solver,
-            guide_scale=scale_pair(wanted.guide_scale),
-            seed=wanted.seed,
-            noise_device="cpu",
-        )
+        inputs, arguments = wanted.inputs, dict(wanted.arguments)
+        if inputs is not None:
+            arguments |= inputs.beyond
+            arguments |= inputs.prepare(self.pipe) if inputs.prepare is not None else {}
         last: list[torch.Tensor] = []
 
         def keep(step: Step, latents: torch.Tensor) -> None:
             last[:] = [latents]
 
         self.clock.start()
-        self.pipe.run(request, observe=(keep,))
+        self.pipe.generate(
+            wanted.prompt, **arguments, shift=wanted.shift, sample_solver=wanted.solver, sampling_steps=wanted.steps,
+            guide_scale=wanted.guide_scale, n_prompt=wanted.n_prompt, seed=wanted.seed, noise_device="cpu",
+            observe=(keep,), offload_model=None,
+        )  # fmt: skip
         return self.clock.stop(last[0])
 
 

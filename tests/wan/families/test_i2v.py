@@ -430,6 +430,21 @@ def as_transformers(tower: dict[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+def test_benchmark_times_it_too(run: Callable[..., int], checkpoints: dict[str, Path], configs: dict[str, Any]) -> None:
+    from wan.cli.args import parse
+    from wan.cli.request import resolve
+    from wan.cli.trial import Ours
+    from wan.engine.hardware import probe
+    from wan.engine.optimizations import registry
+    from wan.engine.plan import Plan, options
+
+    words = ["--task", "i2v-A14B", "--ckpt_dir", str(checkpoints["i2v-A14B"]), "--image", "wide.png", "--fit", "crop"]
+    words += ["--size", "32x16", "--any_size", "--frame_num", "5", "--sample_steps", "1", "--seed", "1"]
+    wanted = resolve(parse(words, options(registry())))
+    trial = Ours(wanted, configs["i2v-A14B"], Plan.of(registry(), {}), probe("cpu")).run()
+    assert trial.latents.shape == (1, 16, 2, 2, 4) and abs(trial.latents).max() < 100
+
+
 def test_prompt_file_gives_each_line_its_picture(run: Callable[..., int], capsys: Any) -> None:
     lines = [
         {"prompt": f"{name} moves", "image": f"{name}.png", "save_file": f"{name}.mp4"} for name in ("wide", "tall")
