@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "Your own:  make demo PROMPT=\"a small blue square moves up\"   (what it understands: demo/README.md)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -127,7 +127,6 @@ BAD_LINES = [
     ('{"prompt": "a cat", "sample_solver": "magic"}', r"--sample_solver: invalid choice: 'magic'"),
     ('{"prompt": "a cat", "sample_guide_scale": [1, 2, 3]}', r"--sample_guide_scale: .*'1,2,3'"),
     ('{"prompt": "a cat", "seed": 1, "base_seed": 2}', r"contradict each other"),
-    ('{"prompt": "a cat", "audio": "x.wav"}', r"--audio x\.wav: speech-to-video is not in this version yet"),
 ]  # fmt: skip
 
 
