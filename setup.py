@@ -55,7 +55,7 @@ setup(
         "flash": ["flash-attn>=2.7", "ninja"],
         "audio": ["librosa>=0.10", "soundfile>=0.12"],
         "ray": ["ray>=2.40"],
-        "dev": ["mypy>=2.4", "pytest>=9", "ruff>=0.17"],
+        "dev": ["mypy>=2.4", "pytest>=9", "pytest-xdist>=3.6", "ruff>=0.17"],
     },
     entry_points={
         "console_scripts": [
