@@ -8,7 +8,7 @@ Letters: B batch, L tokens, S text tokens, U distinct timesteps, N heads, D widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,20 @@ class Adapter(nn.Module):
 
     def sides(self, tokens: Tensor, inputs: BlockInputs, condition: Condition) -> None:
         """Inside the trunk, on local tokens: fill `inputs.residuals`, running own blocks by `inputs.run_block`."""
+
+
+class SideAdapter(Adapter):
+    """An adapter whose blocks belong to the DiT, under upstream's names, and run after the main blocks `after`."""
+
+    def __init__(self, blocks: nn.ModuleList, after: Iterable[int]) -> None:
+        super().__init__()
+        del self.blocks
+        self.after = tuple(after)
+        self._of_dit = (blocks,)  # in a tuple, so that they are not registered a second time
+
+    @property
+    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
+        return self._of_dit[0]
 
 
 class WanRMSNorm(nn.Module):

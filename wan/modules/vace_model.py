@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.engine.types import Condition, tensor
-from wan.modules.blocks import Adapter, BlockInputs, WanAttentionBlock
+from wan.modules.blocks import BlockInputs, SideAdapter, WanAttentionBlock
 from wan.modules.embedding import patchify
 from wan.modules.model import FrozenConfig, WanModel
 
@@ -60,21 +60,8 @@ class VaceWanAttentionBlock(WanAttentionBlock):
         return tokens, self.after_proj(tokens.to(inputs.context.dtype))
 
 
-class VaceAdapter(Adapter):
-    """Runs the side stack that hangs on a DiT as `vace_patch_embedding` and `vace_blocks`.
-
-    `layers` names the main block after which each block of the stack acts; 0 is always the first.
-    """
-
-    def __init__(self, blocks: nn.ModuleList, layers: Sequence[int]) -> None:
-        super().__init__()
-        del self.blocks
-        self.after = tuple(layers)
-        self._of_dit = (blocks,)  # in a tuple, because it is the DiT that owns them, under upstream's names
-
-    @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        return self._of_dit[0]
+class VaceAdapter(SideAdapter):
+    """Runs the side stack that hangs on a DiT as `vace_patch_embedding` and `vace_blocks`."""
 
     def embed(
         self, dit: WanModel, tokens: Tensor, inputs: BlockInputs, condition: Condition

@@ -22,7 +22,7 @@ from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.engine.types import Condition, tensor
 from wan.modules.animate.face_blocks import FACE, FaceAdapter, FaceEncoder
 from wan.modules.animate.motion_encoder import Generator
-from wan.modules.blocks import Adapter, BlockInputs
+from wan.modules.blocks import BlockInputs, SideAdapter
 from wan.modules.embedding import patchify
 from wan.modules.image_embedding import CLIP_WIDTH, ImageCondition
 from wan.modules.model import FrozenConfig, WanModel
@@ -57,18 +57,11 @@ def led_by_reference(pose: Tensor, face: Tensor) -> dict[str, Tensor]:
     return {"pose": F.pad(pose, (0, 0, 0, 0, 1, 0)), "face": F.pad(face, (0, 0, 0, 0, CHUNK, 0))}
 
 
-class AnimateAdapter(Adapter):
+class AnimateAdapter(SideAdapter):
     """Runs `pose_patch_embedding`, `motion_encoder`, `face_encoder` and `face_adapter`, which belong to the DiT."""
 
     def __init__(self, blocks: nn.ModuleList, every: int) -> None:
-        super().__init__()
-        del self.blocks
-        self.after = tuple(range(0, every * len(blocks), every))
-        self._of_dit = (blocks,)  # in a tuple, because it is the DiT that owns them, under upstream's names
-
-    @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        return self._of_dit[0]
+        super().__init__(blocks, range(0, every * len(blocks), every))
 
     def embed(
         self, dit: WanModel, tokens: Tensor, inputs: BlockInputs, condition: Condition

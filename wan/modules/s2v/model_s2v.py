@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.engine.ops.rope import places_table
 from wan.engine.types import Condition, tensor
-from wan.modules.blocks import Adapter, BlockInputs
+from wan.modules.blocks import BlockInputs, SideAdapter
 from wan.modules.embedding import patchify
 from wan.modules.model import FrozenConfig, WanModel
 from wan.modules.s2v.audio_utils import LOCAL, WHOLE, AudioInjector_WAN, CausalAudioEncoder, Listening
@@ -65,22 +65,14 @@ class SpeechCondition(Condition):
     """How many entries of silence (the first one, held) speech is read behind, and how many latent frames they make."""
 
 
-class SpeechAdapter(Adapter):
+class SpeechAdapter(SideAdapter):
     """Reference and motion tokens behind those of the video, and after the blocks `layers` what each frame hears."""
 
     timesteps = (0.0,)
 
     def __init__(self, injector: AudioInjector_WAN, layers: Sequence[int]) -> None:
-        super().__init__()
-        del self.blocks
-        self.after = tuple(layers)
         pairs = zip(injector.injector_adain_layers, injector.injector, strict=True)
-        # In a tuple, because it is the DiT that owns the layers, under upstream's names.
-        self._listening = (nn.ModuleList(Listening(norm, attention) for norm, attention in pairs),)  # type: ignore[arg-type]
-
-    @property
-    def blocks(self) -> nn.ModuleList:  # type: ignore[override]
-        return self._listening[0]
+        super().__init__(nn.ModuleList(Listening(norm, attention) for norm, attention in pairs), layers)  # type: ignore[arg-type]
 
     def embed(
         self, dit: WanModel, tokens: Tensor, inputs: BlockInputs, condition: Condition
