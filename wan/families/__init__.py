@@ -17,7 +17,7 @@ _FAMILIES = {
     "s2v": ("wan.families.s2v", "WanS2V"),
     "animate": ("wan.families.animate", "WanAnimate"),
     "i2v": ("wan.families.i2v", "WanI2V"),
-    "flf2v": ("wan.families.flf2v", "WanFLF2V"),
+    "flf2v": ("wan.families.i2v", "WanFLF2V"),
     "ti2v": ("wan.families.ti2v", "WanTI2V"),
     "vace": ("wan.families.vace", "WanVace"),
 }

@@ -1,4 +1,4 @@
-"""Image to video, Wan 2.1 (with CLIP) and 2.2 (two experts, without); also to a last frame, where asked for."""
+"""Image to video, Wan 2.1 (with CLIP) and 2.2 (two experts, without), and from a first to a last frame."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wan.modules.image_embedding import ImageCondition
 
 FAMILY = Family(
     name="i2v",
-    configs={task: config for task, config in WAN_CONFIGS.items() if task.startswith("i2v")},
+    configs={task: config for task, config in WAN_CONFIGS.items() if task.startswith(("i2v", "flf2v"))},
     inputs=ImageInputs,
     condition=ImageCondition,
     encoders=("text_encoder", "clip", "vae"),
