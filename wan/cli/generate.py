@@ -230,12 +230,14 @@ def machine(args: argparse.Namespace, registry: Sequence[type[Optimization]]) ->
 
 def whole(pipeline: Any, job: Job, terminal: Terminal) -> Tensor:
     """The video [3, N, H, W] in -1..1 of a class that takes upstream's arguments alone."""
+    from wan.engine.decoding import is_out_of_memory
+
     try:
         video = pipelines.call(pipeline, job)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not is_out_of_memory(error):
             raise
-        advice = "try --offload_model True, a smaller --size, fewer --frame_num"
+        advice = pipelines.memory_advice(job.plan)
         raise GenerationFailed(f"out of GPU memory during {terminal.current!r}: {advice}") from error
     if video is None:
         raise GenerationFailed(f"{type(pipeline).__name__}.generate returned no video")

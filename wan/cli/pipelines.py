@@ -105,6 +105,14 @@ def _changed(pipeline: Any, plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in changed.items() if value is not None and name != "offload_model"}
 
 
+def memory_advice(plan: Plan) -> str:
+    """What to try when memory ran out, leaving out what is on already."""
+    values = plan_values(plan)
+    savers = ("offload_model", "vae_cpu", "convert_model_dtype", "vae_tiling")
+    off = [f"--{name}" + " True" * (name == "offload_model") for name in savers if values.get(name) is False]
+    return "try " + ", ".join([*off, "a smaller --size", "fewer --frame_num"])
+
+
 def _beyond_upstream(job: Job) -> bool:
     """True when the plan says something that upstream's own arguments cannot."""
     own = {"t5_fsdp", "dit_fsdp", "ulysses_size", "t5_cpu", "convert_model_dtype", "offload_model", "attention"}

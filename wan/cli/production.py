@@ -81,7 +81,8 @@ class Production:
             self.sink.restart()
             more_than_record = self.run.interrupted()
             if is_out_of_memory(error):
-                error = GenerationFailed(f"out of memory during {self.terminal.current!r}: {self._memory_advice()}")
+                advice = pipelines.memory_advice(self.job.plan)
+                error = GenerationFailed(f"out of memory during {self.terminal.current!r}: {advice}")
             go_on = self._way_on(more_than_record)
             if not more_than_record:
                 self.run.close()
@@ -173,13 +174,6 @@ class Production:
             record.write_sidecar(self._record(found), record.sidecar_path(self.path))
         except OSError as error:
             self.terminal.note(f"the video is saved, its sidecar is not ({error})")
-
-    def _memory_advice(self) -> str:
-        """What to try next, leaving out what is on already."""
-        values = pipelines.plan_values(self.job.plan)
-        savers = ("offload_model", "vae_cpu", "convert_model_dtype", "vae_tiling")
-        off = [f"--{name}" + " True" * (name == "offload_model") for name in savers if values.get(name) is False]
-        return "try " + ", ".join([*off, "a smaller --size", "fewer --frame_num"])
 
 
 class _Timed:

@@ -111,7 +111,7 @@ def _destination(made: Mapping[str, Any]) -> str | None:
 
 
 def _care(args: argparse.Namespace) -> Care:
-    every = 5 if args.state_every is None else args.state_every
+    every = Care.state_every if args.state_every is None else args.state_every
     if every < 0:
         raise BadRequest(f"--state_every {every}: give a number of steps, 0 to keep no state")
     if args.timeout_s is not None and not (math.isfinite(args.timeout_s) and args.timeout_s > 0):
