@@ -1,0 +1,239 @@
+"""Makes the videos of a group of jobs with an engine's networks: branches, noise, denoise, decode, shot by shot.
+
+Every stage is done for all jobs before the next one begins, so that a second expert is brought in once for a group
+and not once for a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from wan.engine.accounting import Expectation, Forwards, Report, Trunk, planned_forwards
+from wan.engine.decoding import Decode
+from wan.engine.monitor import Monitor
+from wan.engine.sampling.denoiser import Sequential
+from wan.engine.sampling.guidance import Guidance
+from wan.engine.sampling.loop import sample
+from wan.engine.sampling.noise import first_latents
+from wan.engine.sampling.schedule import segments
+from wan.engine.sampling.solvers import make_solver
+from wan.engine.types import (
+    Denoiser,
+    Denoising,
+    Encoders,
+    Family,
+    Keeper,
+    Known,
+    Progress,
+    Request,
+    Segment,
+    Shot,
+    Sink,
+    Step,
+    Tiling,
+)
+
+if TYPE_CHECKING:
+    from wan.engine.engine import Engine
+
+TrunkWrapper = Callable[[Trunk, nn.Module, Segment], Trunk]
+DenoiserWrapper = Callable[[Denoiser, nn.Module, Segment], Denoiser]
+Observer = Callable[[Step, Tensor], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything one run needs besides the engine."""
+
+    family: Family
+    config: Any
+    request: Request
+    sink: Sink
+    progress: Progress
+    observe: tuple[Observer, ...] = ()
+    keeper: Keeper | None = None
+    done: Callable[[], None] | None = None
+    """Called when the last frames are in the sink, before other jobs of a group decode theirs."""
+    report: Report = field(default_factory=Report)
+    """Filled by the run."""
+
+
+@dataclass
+class Hooks:
+    """What optimisations registered for one run; the methods of `Engine` say what each does."""
+
+    trunk_wrappers: list[TrunkWrapper] = field(default_factory=list)
+    denoiser_wrappers: list[DenoiserWrapper] = field(default_factory=list)
+    expectations: list[Expectation] = field(default_factory=list)
+    resumable: list[Callable[[Step], bool]] = field(default_factory=list)
+    tiling: Tiling | None = None
+
+
+@dataclass
+class _Ongoing:
+    """One job under way: its shot, and whether the group lost it."""
+
+    job: Job
+    index: int = 0
+    shot: Shot | None = None
+    run: Denoising | None = None
+    latents: Tensor | None = None
+    carry: Tensor | None = None
+    generator: torch.Generator | None = None
+    memo: dict[str, Any] = field(default_factory=dict)
+    forwards: Forwards | None = None
+    failure: Exception | None = None
+
+    def segments(self) -> list[Segment]:
+        return [] if self.run is None or self.failure else segments(self.run.steps, self.run.done)
+
+
+class GroupRun:
+    """Jobs that are made together by one engine; see `Engine.run_group`."""
+
+    def __init__(self, engine: Engine, hooks: Hooks, jobs: Sequence[Job]) -> None:
+        self.engine = engine
+        self.hooks = hooks
+        self.ongoing = [_Ongoing(job) for job in jobs]
+
+    def run(self) -> list[Exception | None]:
+        """Make all videos; why each one failed."""
+        active = [each for each in self.ongoing if self._guarded(self._next_shot, each)]
+        while active:
+            for each in active:
+                self._guarded(self._prepare, each)
+            while waiting := [each for each in active if each.segments()]:
+                self._denoise_expert(waiting)
+            active = [each for each in active if self._guarded(self._finish_shot, each)]
+        return [each.failure for each in self.ongoing]
+
+    @contextmanager
+    def _encoder(self, name: str) -> Iterator[nn.Module]:
+        with self.engine.use(name) as module:
+            self.engine.progress.stage(f"encode with {name}")
+            yield module
+
+    def _guarded(self, act: Callable[[_Ongoing], bool | None], each: _Ongoing) -> bool:
+        """`act(each)`, unless the job failed before; what it raises is kept, so that the rest of a group goes on."""
+        if each.failure is not None:
+            return False
+        self.engine.progress, self.engine.report = each.job.progress, each.job.report
+        try:
+            return act(each) is not False
+        except Exception as failure:  # whatever it is, the others of the group must not suffer from it
+            each.failure, each.run, each.latents = failure, None, None
+            return False
+
+    def _next_shot(self, each: _Ongoing) -> bool:
+        """Whether there is another shot. Without one the job is done."""
+        each.shot = each.job.family.next_shot(each.job.request, each.job.config, each.index, each.carry)
+        if each.shot is None and each.job.done is not None:
+            each.job.done()
+        return each.shot is not None
+
+    def _prepare(self, each: _Ongoing) -> None:
+        """Everything a denoise starts from; or the latents, where they were finished before."""
+        job, shot, keeper = each.job, cast("Shot", each.shot), each.job.keeper
+        request = job.request
+        encoders = Encoders(
+            use=self._encoder, where=self.engine.placement.device_of, device=self.engine.device, config=job.config,
+            embeddings=self.engine.embeddings, memo=each.memo,
+        )  # fmt: skip
+        each.run, each.latents = None, keeper.finished(each.index) if keeper else None
+        # Also of a shot that is only decoded: the next one's noise comes after it.
+        each.generator, latents = first_latents(request, shot, each.generator, self.engine.device)
+        shot = each.shot = replace(shot, prefix=job.family.prefix(request, shot, encoders))
+        if each.latents is not None:
+            each.latents = each.latents.to(self.engine.device)
+            return
+        branches = job.family.branches(request, shot, encoders)
+        shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
+        steps = job.family.schedule(request, job.config)
+        if shot.known is not None:
+            latents = shot.known.apply(latents, None)
+            branches = {name: replace(branch, frozen=_frozen(shot.known)) for name, branch in branches.items()}
+        run = Denoising(
+            request=request, shot=shot, index=each.index, branches=branches, steps=steps, latents=latents,
+            solver=make_solver(request.solver, steps), generator=each.generator, carry=each.carry,
+        )  # fmt: skip
+        if keeper:
+            keeper.restore(run)
+        coefficients = job.family.coefficients(request, job.config)
+        each.forwards = Forwards(planned_forwards(steps[run.done :], coefficients, self.hooks.expectations))
+        job.report.forwards.append(each.forwards)
+        each.run = run
+
+    def _denoise_expert(self, waiting: Sequence[_Ongoing]) -> None:
+        """All that the expert of the first job's next step has to do, in one stay for every job that waits for it."""
+        expert = waiting[0].segments()[0].expert
+        with ExitStack() as stay:
+            for each in waiting:
+                while each.segments() and each.segments()[0].expert == expert:
+                    self._guarded(partial(self._denoise_segment, stay), each)
+
+    def _denoise_segment(self, stay: ExitStack, each: _Ongoing) -> None:
+        job, run, forwards = each.job, cast("Denoising", each.run), cast("Forwards", each.forwards)
+        segment = each.segments()[0]
+        monitor = Monitor(job.progress, job.report.step_seconds)
+
+        def record(step: Step, latents: Tensor) -> None:
+            run.done, run.latents = step.index + 1, latents
+            if job.keeper is not None:
+                ahead = run.steps[run.done : run.done + 1]
+                job.keeper.stepped(run, all(before(step) for before in self.hooks.resumable for step in ahead))
+
+        dit = stay.enter_context(self.engine.use(segment.expert))
+        with self._seams(dit, segment, forwards) as denoiser:
+            job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
+            job.report.kernels[segment.expert] = self.engine.kernels.get(segment.expert, "sdpa")
+            monitor.start(run.latents)
+            predict = Guidance(denoiser, run.branches, job.family.coefficients(run.request, job.config))
+            observe: tuple[Observer, ...] = (monitor, record, *job.observe)
+            steps = segment.steps[segment.start :]
+            run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
+            monitor.flush()
+
+    def _finish_shot(self, each: _Ongoing) -> bool:
+        job, latents = each.job, each.latents
+        if latents is None:
+            assert each.run is not None and each.forwards is not None
+            if job.keeper is not None:
+                job.keeper.denoised(each.run)
+            each.forwards.check()
+            latents = each.run.latents
+        decode = Decode(
+            use=partial(self.engine.use, "vae"), shot=cast("Shot", each.shot), latents=latents, sink=job.sink,
+            progress=job.progress, report=job.report, earlier=each.carry,
+        )  # fmt: skip
+        carry = decode.run(self.hooks.tiling)
+        each.carry = None if carry is None else carry.to(self.engine.device)
+        each.run, each.latents, each.index = None, None, each.index + 1
+        return self._next_shot(each)
+
+    @contextmanager
+    def _seams(self, dit: nn.Module, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:
+        """The denoiser of one segment, with the trunk and the denoiser wrapped as the plan asked."""
+        trunk = cast("Trunk", dit.trunk)
+        wrapped = forwards.counting(trunk)
+        for wrap in self.hooks.trunk_wrappers:
+            wrapped = wrap(wrapped, dit, segment)
+        denoiser: Denoiser = Sequential(dit)  # type: ignore[arg-type]
+        for wrap_denoiser in self.hooks.denoiser_wrappers:
+            denoiser = wrap_denoiser(denoiser, dit, segment)
+        dit.trunk = wrapped  # type: ignore[assignment]
+        try:
+            yield denoiser
+        finally:
+            dit.trunk = trunk  # type: ignore[assignment]
+
+
+def _frozen(known: Known) -> Tensor:
+    """[B, 1, T, H, W] mask of the latents that are given."""
+    return known.mask if known.mask.shape[1] == 1 else known.mask.amin(dim=1, keepdim=True)
