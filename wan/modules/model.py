@@ -237,6 +237,11 @@ class WanModel(nn.Module):
         first, activation, last = self.time_embedding
         return linear32(last, activation(linear32(first, x))), rows
 
+    def time_signals(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What timesteps [N] become, without latents or text: embeddings [N, D] and modulation [N, 6, D], float32."""
+        embedding = self._embed_time(timesteps[None])[0][:, : len(timesteps)]
+        return embedding[0], self._project_time(embedding)[0]
+
     def _project_time(self, embedding: Tensor) -> Tensor:
         """Modulation rows, float32 [B, U, 6, D]."""
         activation, layer = self.time_projection

@@ -1,0 +1,1 @@
+"""Step caches: which steps may reuse what an earlier one computed, and how. `--cache` chooses among them."""
