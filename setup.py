@@ -38,6 +38,7 @@ setup(
     license_files=["LICENSE.txt", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["wan", "wan.*"]),
+    package_data={"wan.engine.caching": ["tables.json"]},
     cmdclass={"build_py": BuildWithData},
     install_requires=[
         "torch>=2.11",

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.engine.distributed": ("wan.engine.types", "wan.engine.ops", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.placement": ("wan.engine.types", "wan.engine.ops", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.sampling": ("wan.engine.types", "wan.engine.errors"),
+    "wan.engine.caching": ("wan.engine.types", "wan.engine.errors", "wan.engine.accounting"),
     "wan.engine.plan": ("wan.engine.options", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.optimizations": ("wan.engine",),
     "wan.engine": (

@@ -384,7 +384,8 @@ def test_a_preset_may_not_be_a_folder() -> None:
 def steps(terminal: Terminal, count: int) -> None:
     terminal.stage("denoise")
     for index in range(count):
-        terminal.step(Step(index=index, count=count, t=0, sigma=0, sigma_next=0, expert="low"), 2.0 if index else 60.0)
+        step = Step(index=index, count=count, t=0, sigma=0, sigma_next=0, expert="low")
+        terminal.step(step, 2.0 if index else 60.0, 1.0, count - index - 1.0)
 
 
 def test_a_log_file_gets_ten_lines_of_progress_with_time_left() -> None:
@@ -393,6 +394,16 @@ def test_a_log_file_gets_ten_lines_of_progress_with_time_left() -> None:
     lines = stream.getvalue().splitlines()
     assert len(lines) == 11 and lines[1] == "  step 5/50  2.00 s/it  ETA 1:30  (low noise)"
     assert lines[-1].startswith("  step 50/50")
+
+
+def test_steps_that_a_cache_answers_count_neither_for_the_pace_nor_for_the_time_left() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(stream)
+    terminal.stage("denoise")
+    for index, (seconds, share, ahead) in enumerate([(9.0, 1, 2.0), (4.0, 1, 1.0), (0.0, 0, 1.0), (4.0, 1, 0.0)]):
+        terminal.step(Step(index=index, count=4, t=0, sigma=0, sigma_next=0), seconds, share, ahead)
+    lines = stream.getvalue().splitlines()
+    assert lines[2:4] == ["  step 2/4  4.00 s/it  ETA 0:04", "  step 3/4  4.00 s/it  ETA 0:04  (reused)"]
 
 
 def test_a_terminal_gets_one_line_redrawn() -> None:

@@ -113,7 +113,7 @@ class WanPipeline:
         if load_format != "dummy":
             _check_weights(checkpoint, plan)
         free_memory()  # a pipeline that was let go is a cycle: its networks leave before others come
-        self.engine: Engine = build_engine(components, plan, hardware)
+        self.engine: Engine = build_engine(components, plan, hardware, model=config["__name__"])
         self.engine.progress = self.progress
         self.engine.embeddings = embeddings
 

@@ -33,12 +33,17 @@ UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
     "compile_mode": "default", "lora": None, "use_batched_cfg": False, "offload_model": None, "t5_cpu": False,
     "vae_cpu": False, "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
+    "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
+    "cache_table": None,
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
 
-FILES = {"lora": str(Path(__file__).parents[1] / "data" / "lora-tiny.safetensors")}
+DATA = Path(__file__).parents[1] / "data"
+FILES = {"lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json")}
 """For options that name a file, one that fits the tiny checkpoint."""
+NEEDS = {"cache": {"cache_table": FILES["cache_table"]}}
+"""What a switch cannot do without on a checkpoint that nobody has measured."""
 
 
 def values(o: Option) -> list[Any]:
@@ -52,7 +57,7 @@ def values(o: Option) -> list[Any]:
 def settings(cls: type[Optimization]) -> list[Settings]:
     """Every way to set one option of `cls` off its default, switched on where that option is not the switch."""
     switch, *others = options_of(cls)
-    found = [{switch.name: value} for value in values(switch)]
+    found = [{switch.name: value, **NEEDS.get(switch.name, {})} for value in values(switch)]
     on = found[0]
     return found + [on | {o.name: value} for o in others for value in values(o)]
 

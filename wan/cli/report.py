@@ -32,7 +32,7 @@ class Terminal:
         self.stages: list[tuple[str, float]] = []
         """(name, seconds) of the stages done, in order."""
         self._stage: tuple[str, float] | None = None
-        self._steps: list[float] = []
+        self._steps: list[tuple[float, float]] = []
         self._open_line = False
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -41,14 +41,16 @@ class Terminal:
         self._stage = (name, self.clock())
         self._line(f"{name}{': ' + detail if detail else ''} ...")
 
-    def step(self, step: Step, seconds: float) -> None:
+    def step(self, step: Step, seconds: float, share: float, ahead: float) -> None:
         """One solver step is done: k of n, seconds per step, time left."""
         done = step.index + 1
         if step.index == 0:
             self._steps = []
-        self._steps.append(seconds)
-        each = pace(self._steps)
-        text = f"  step {done}/{step.count}  {each:.2f} s/it  ETA {clock_time(each * (step.count - done))}"
+        self._steps.append((seconds, share))
+        each = pace(*zip(*self._steps, strict=True))
+        text = f"  step {done}/{step.count}  {each:.2f} s/it  ETA {clock_time(each * ahead)}"
+        if share == 0:
+            text += "  (reused)"
         if step.expert != "dit":
             text += f"  ({step.expert} noise)"
         if self.live:
@@ -174,10 +176,14 @@ def end_lines(report: Report, peak_bytes: int | None, hardware: Hardware) -> lis
     return lines + ([f"memory  at most {peak_bytes / 2**30:.2f} GiB {where}"] if peak_bytes is not None else [])
 
 
-def pace(seconds: Sequence[float]) -> float:
-    """Seconds per step, without the first one when there are others: it also warms up."""
-    steady = seconds[1:] or seconds
-    return sum(steady) / len(steady)
+def pace(seconds: Sequence[float], shares: Sequence[float] | None = None) -> float:
+    """Seconds per step, or per whole step where only `shares` of them were run.
+
+    Without the first one when there are others: it also warms up.
+    """
+    whole = list(shares or (1.0,) * len(seconds))
+    first = 1 if sum(whole[1:]) else 0
+    return sum(seconds[first:]) / max(1.0, sum(whole[first:]))
 
 
 def _source(wanted: Wanted) -> str:

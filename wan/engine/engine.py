@@ -30,8 +30,12 @@ __all__ = ["Engine", "Job", "build_engine", "main_dtype"]
 class Engine:
     """The networks of one checkpoint, a plan, and the one way to run them. Built by `build_engine`."""
 
-    def __init__(self, components: Sequence[Component], plan: Plan, hardware: Hardware, placement: Placement) -> None:
+    def __init__(
+        self, components: Sequence[Component], plan: Plan, hardware: Hardware, placement: Placement, model: str = ""
+    ) -> None:
         self.plan = plan
+        self.model = model
+        """The published model this is one of, by the name of its configuration; what was measured on it goes by it."""
         self.hardware = hardware
         self.device = hardware.device
         self.placement = placement
@@ -64,6 +68,10 @@ class Engine:
     def resume_only(self, before: Callable[[Step], bool]) -> None:
         """Keep state in the coming run only where `before(next step)`: where that step runs every forward."""
         self._hooks.resumable.append(before)
+
+    def weigh_steps(self, share: Callable[[Step], float]) -> None:
+        """Say which share of a step's forwards is run in the coming run, so that the time left can be told."""
+        self._hooks.shares.append(share)
 
     def set_tiling(self, tiling: Tiling | None) -> None:
         """Decode the coming run in tiles, None for whole frames."""
@@ -166,11 +174,16 @@ class Engine:
 
 
 def build_engine(
-    components: Sequence[Component], plan: Plan, hardware: Hardware, placement: Placement | None = None
+    components: Sequence[Component],
+    plan: Plan,
+    hardware: Hardware,
+    placement: Placement | None = None,
+    *,
+    model: str = "",
 ) -> Engine:
     """An engine whose plan has been checked against this hardware. Networks load when first used."""
     plan.check(hardware)
-    return Engine(components, plan, hardware, placement or Placement(hardware.device))
+    return Engine(components, plan, hardware, placement or Placement(hardware.device), model)
 
 
 def _declare_dtypes(module: nn.Module, component: Component) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,10 @@ class Monitor:
     progress: Progress
     seconds: dict[str, list[float]] = field(default_factory=dict)
     """Per expert, the duration of each of its steps."""
+    steps: Sequence[Step] = ()
+    """All steps of the run."""
+    share: Callable[[Step], float] = lambda step: 1.0
+    """What part of a step's forwards is run."""
     _pending: tuple[Step, Tensor, torch.cuda.Event | None] | None = None
     _since: torch.cuda.Event | float | None = None
 
@@ -57,7 +62,7 @@ class Monitor:
             )
         self._since = now
         self.seconds.setdefault(step.expert, []).append(seconds)
-        self.progress.step(step, seconds)
+        self.progress.step(step, seconds, self.share(step), sum(map(self.share, self.steps[step.index + 1 :])))
 
 
 def _causes(step: Step) -> str:
@@ -87,6 +92,6 @@ class Silent:
 
     def stage(self, name: str, detail: str = "") -> None: ...
 
-    def step(self, step: Step, seconds: float) -> None: ...
+    def step(self, step: Step, seconds: float, share: float, ahead: float) -> None: ...
 
     def note(self, text: str) -> None: ...

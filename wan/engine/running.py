@@ -73,7 +73,12 @@ class Hooks:
     denoiser_wrappers: list[DenoiserWrapper] = field(default_factory=list)
     expectations: list[Expectation] = field(default_factory=list)
     resumable: list[Callable[[Step], bool]] = field(default_factory=list)
+    shares: list[Callable[[Step], float]] = field(default_factory=list)
     tiling: Tiling | None = None
+
+    def share(self, step: Step) -> float:
+        """What part of `step`'s forwards is run, as far as is known."""
+        return min((share(step) for share in self.shares), default=1.0)
 
 
 @dataclass
@@ -181,7 +186,7 @@ class GroupRun:
     def _denoise_segment(self, stay: ExitStack, each: _Ongoing) -> None:
         job, run, forwards = each.job, cast("Denoising", each.run), cast("Forwards", each.forwards)
         segment = each.segments()[0]
-        monitor = Monitor(job.progress, job.report.step_seconds)
+        monitor = Monitor(job.progress, job.report.step_seconds, run.steps, self.hooks.share)
 
         def record(step: Step, latents: Tensor) -> None:
             run.done, run.latents = step.index + 1, latents

@@ -253,11 +253,15 @@ class Keeper(Protocol):
 
 
 class Progress(Protocol):
-    """Who listens to a run. `seconds` is the duration of the step just done."""
+    """Who listens to a run.
+
+    `seconds` is the duration of the step just done, `share` the part of its forwards that was run (1, or less where a
+    cache answered) and `ahead` the sum of the shares of the steps to come.
+    """
 
     def stage(self, name: str, detail: str = "") -> None: ...
 
-    def step(self, step: Step, seconds: float) -> None: ...
+    def step(self, step: Step, seconds: float, share: float, ahead: float) -> None: ...
 
     def note(self, text: str) -> None: ...
 

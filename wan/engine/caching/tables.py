@@ -42,12 +42,13 @@ def published() -> dict[str, Any]:
     return found
 
 
-def choose(name: str | None, candidates: Sequence[str], cache: str) -> tuple[str, Mapping[str, Any]]:
-    """The table `name`, published or a file, or that of the model, and what it is called.
+def choose(name: str | None, model: str, cache: str) -> tuple[str, Mapping[str, Any]]:
+    """The table `name`, published or a file, or the one that was measured on `model`, and what it is called.
 
-    `candidates` are the published tables of models with this model's configuration. Raises BadRequest.
+    `model` is the name of a configuration. Raises BadRequest.
     """
     if name is None:
+        candidates = [each for each, table in published().items() if table["model"] == model and cache in table]
         if len(candidates) != 1:
             raise BadRequest(_undecided(candidates, cache))
         name = candidates[0]

@@ -8,6 +8,7 @@ from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.dtype import Precision
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.offload import Offload
+from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.tf32 import TF32
 from wan.engine.optimizations.vae_cpu import VAECPU
@@ -15,8 +16,8 @@ from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "LoRA", "Offload", "Precision", "VAETiling",
-    "registry",
+    "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "LoRA", "Offload", "Precision", "StepCache",
+    "VAETiling", "registry",
 ]  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from wan.engine.accounting import Place, Range, Trunk
 from wan.engine.caching.reuse import ReusedResidual, ReusedVelocity
 from wan.engine.caching.schedules import magcache_skips, resampled, retained, teacache_skips
 from wan.engine.caching.tables import choose, mag_table, tea_table
+from wan.engine.engine import main_dtype
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
-from wan.engine.engine import main_dtype
 from wan.engine.plan import Optimization, Order
 from wan.engine.types import Denoiser, Segment, Step
 
@@ -77,7 +77,7 @@ class StepCache(Optimization):
             engine.resume_only(lambda step: step.index <= EASY_FIRST - 2)
             engine.wrap_denoiser(self._easy)
             return
-        name, table = choose(self.cache_table, engine.calibrated, self.cache)
+        name, table = choose(self.cache_table, engine.model, self.cache)
         choice = (self._tea if self.cache == "tea" else self._mag)(name, table, engine.expert_names)
         planned = _Planned(choice)
         engine.resume_only(planned.computes)
