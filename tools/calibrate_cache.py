@@ -1,4 +1,4 @@
-"""Measures on a checkpoint what TeaCache and MagCache need to know about it, and writes it as a table for --cache_table.
+"""Measures on a checkpoint what TeaCache and MagCache must know about it, and writes a table for --cache_table.
 
     python tools/calibrate_cache.py --out table.json --prompts prompts.txt -- --task t2v-1.3B --ckpt_dir FOLDER
     python generate.py --task t2v-1.3B --ckpt_dir FOLDER --cache mag --cache_table table.json --prompt ...
