@@ -3,6 +3,8 @@
     python tools/train_demo.py all --work runs/demo        every stage, about 3 hours on 2 cores with AMX
     python tools/train_demo.py evaluate --folder demo      measure the shipped weights again
     python tools/train_demo.py resume --folder demo        train the shipped experts further, and measure the result
+    python tools/train_demo.py i2v --folder demo           teach the shipped experts to continue a picture (demo/i2v/)
+    python tools/train_demo.py evaluate-i2v --folder demo  measure that
     python tools/train_demo.py all --smoke --work /tmp/x   every stage for a few seconds, to see that it runs
 
 Stages are scheduled by wall clock, so a slower machine gives a weaker model, not a longer run; `--scale 2` doubles
@@ -76,6 +78,32 @@ def train_experts(work: Path, scale: float, smoke: bool, resume: bool = False) -
         parallel.launch(train_dit, 2, config, work / "vae.pt", work / f"{name}.pt", start)
 
 
+def train_i2v(work: Path, scale: float, smoke: bool) -> None:
+    """An adapter of each expert, with a first frame given and now and then a last one; further from where it stands.
+
+    Learning to look at given frames is most of it, and both experts must, so they share the time about evenly.
+    """
+    from demo import given, parallel
+    from demo.dit import DitConfig
+    from demo.dit_train import BOUNDARY, DitTraining, train_dit
+
+    common = DitTraining(
+        batch=8, first_clips=160, clips_per_step=0.4, matrix_rate=2e-3, other_rate=1e-3, decay_from=0.4, average=0.99,
+        no_caption=0.15, freeze_text=True, rank=16, given=given.draw_channels, caption=given.draw_caption,
+        model=DitConfig(in_dim=DitConfig.in_dim + given.CHANNELS),
+    )  # fmt: skip
+    runs = {
+        "high": replace(common, seconds=800 * scale, low=BOUNDARY, high=1.0, seed=101),
+        "low": replace(common, seconds=700 * scale, low=0.0, high=BOUNDARY, seed=102),
+    }
+    for name, config in runs.items():
+        if smoke:
+            config = replace(config, seconds=2.0, first_clips=2, batch=2, compiled=False)
+        out = work / f"i2v_{name}.pt"
+        start = out if out.exists() else work / f"{name}.pt"
+        parallel.launch(train_dit, 2, config, work / "vae.pt", out, start)
+
+
 def export(work: Path, folder: Path) -> None:
     """The checkpoint folder in upstream's layout."""
     from demo.export import export
@@ -92,9 +120,19 @@ def evaluate(folder: Path, prompts: int, split: str, seed: int, out: Path) -> No
     print(measure.table(result))
 
 
+def evaluate_i2v(folder: Path, clips: int, split: str, seed: int, out: Path) -> None:
+    """The same for clips that begin with a picture."""
+    from demo import evaluate_i2v as measure
+    from demo.evaluate import save
+
+    result = measure.evaluate(folder, split, clips, seed)
+    save(result, out)
+    print(measure.table(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all", "resume"))
+    parser.add_argument("stage", choices=(*STAGES, "all", "resume", "i2v", "evaluate-i2v"))
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where stages leave their weights")
     parser.add_argument("--folder", type=Path, help="checkpoint folder to write or to measure (default: WORK/demo)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the time of every training stage")
@@ -105,6 +143,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     folder = args.folder or args.work / "demo"
+    clips = 2 if args.smoke else args.prompts
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage == "resume":
         from demo.export import read_back
@@ -112,6 +151,13 @@ def main() -> None:
         read_back(folder, args.work)
         train_experts(args.work, args.scale, args.smoke, resume=True)
         stages, folder = ("export", "evaluate"), args.work / "demo"
+    if args.stage == "i2v":
+        from demo.export import EXPERTS, export_adapters, read_back
+
+        read_back(folder, args.work)
+        train_i2v(args.work, args.scale, args.smoke)
+        export_adapters({name: args.work / f"i2v_{name}.pt" for name in EXPERTS}, folder)
+        stages = ("evaluate-i2v",)
     for stage in stages:
         if stage == "vae":
             train_vae(args.work, args.scale, args.smoke)
@@ -121,8 +167,10 @@ def main() -> None:
             train_experts(args.work, args.scale, args.smoke)
         elif stage == "export":
             export(args.work, folder)
+        elif stage == "evaluate":
+            evaluate(folder, clips, args.split, args.seed, args.work / "results.json")
         else:
-            evaluate(folder, 2 if args.smoke else args.prompts, args.split, args.seed, args.work / "results.json")
+            evaluate_i2v(folder, clips, args.split, args.seed, args.work / "results_i2v.json")
 
 
 if __name__ == "__main__":

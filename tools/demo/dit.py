@@ -36,7 +36,8 @@ class DitConfig:
 
     def to_json(self) -> dict[str, object]:
         fields = {name: value for name, value in asdict(self).items() if name != "text_dim"}
-        return {"_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": "t2v", **fields}
+        kind = "t2v" if self.in_dim == self.out_dim else "i2v"
+        return {"_class_name": "WanModel", "_diffusers_version": "0.33.0", "model_type": kind, **fields}
 
 
 BLOCK_KEYS = (
@@ -161,7 +162,8 @@ def velocity(
     context: Tensor,
     block: Callable[..., Tensor] = block_forward,
 ) -> Tensor:
-    """latents [B, 16, T, H, W], sigma [B] in 0..1, context [B, text_len, text_dim] -> velocity like latents, float32.
+    """latents [B, in_dim, T, H, W], sigma [B] in 0..1, context [B, text_len, text_dim] -> velocity of the first
+    out_dim channels, float32.
 
     Block weights are used in their own dtype; time and head are float32, as in the shipped class.
     """

@@ -1,9 +1,12 @@
-"""Trains the demo's DiT: first one network on all noise levels together with the text encoder, then the two experts."""
+"""Trains the demo's DiT: first one network on all noise levels together with the text encoder, then the two experts,
+then an adapter of each that continues a given frame.
+"""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dit, scenes, text
+from .adapter import adapted, init_adapter
 from .parallel import Average, Clock, Muon, average_gradients
 from .vae import compute_copy, normalized_latents
 
@@ -34,6 +38,9 @@ class DitTraining:
     low: float = 0.0  # range of sigma trained on
     high: float = 1.0
     freeze_text: bool = False
+    rank: int = 0  # of an adapter to train in place of the whole network
+    given: Callable[[dit.Params, Tensor, random.Random], Tensor] | None = None  # channels shown beside the latents
+    caption: Callable[[scenes.Scene, random.Random], str] = scenes.caption
     model: dit.DitConfig = field(default_factory=dit.DitConfig)
     words: text.TextConfig = field(default_factory=text.TextConfig)
 
@@ -41,21 +48,30 @@ class DitTraining:
 class LatentPool:
     """Encoded training clips with their scenes. It grows while training runs, so that data never holds it up."""
 
-    def __init__(self, vae: dict[str, Tensor], combos: list[scenes.Combo], rng: random.Random) -> None:
+    def __init__(
+        self, vae: dict[str, Tensor], combos: list[scenes.Combo], rng: random.Random, config: DitTraining
+    ) -> None:
         self._vae = compute_copy({name: v for name, v in vae.items() if not name.startswith("decoder")})
-        self._combos, self._rng = combos, rng
+        self._combos, self._rng, self._given = combos, rng, config.given
         self._latents: list[Tensor] = []
+        self._channels: list[Tensor] = []
         self._scenes: list[scenes.Scene] = []
 
     def add(self, count: int) -> None:
         for _ in range(count):
             scene = scenes.random_scene(self._rng, self._rng.choice(self._combos))
-            self._latents.append(normalized_latents(self._vae, scenes.render([scene]))[0].bfloat16())
+            video = scenes.render([scene])
+            latents = normalized_latents(self._vae, video)[0]
+            shown = latents[:0] if self._given is None else self._given(self._vae, video[0], self._rng)
+            self._latents.append(latents.bfloat16())
+            self._channels.append(shown.bfloat16())
             self._scenes.append(scene)
 
-    def batch(self, size: int) -> tuple[Tensor, list[scenes.Scene]]:
+    def batch(self, size: int) -> tuple[Tensor, Tensor, list[scenes.Scene]]:
+        """Latents, what is shown beside them (no channels, or those of given frames), and scenes."""
         chosen = [self._rng.randrange(len(self._latents)) for _ in range(size)]
-        return torch.stack([self._latents[i] for i in chosen]).float(), [self._scenes[i] for i in chosen]
+        latents, shown = (torch.stack([kept[i] for i in chosen]).float() for kept in (self._latents, self._channels))
+        return latents, shown, [self._scenes[i] for i in chosen]
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -80,14 +96,14 @@ def split_params(params: dict[str, Tensor], encoder: torch.nn.Module) -> tuple[l
 
 
 def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: Path, start: Path | None = None) -> None:
-    """Trains for `config.seconds` and writes {"dit", "text", "steps"} with averaged weights to `out`.
+    """Trains for `config.seconds` and writes {"dit", "base", "text", "steps"} with averaged weights to `out`.
 
     With `start` it continues from that file.
     """
     rng = random.Random(config.seed * 1000 + rank)
     generator = torch.Generator().manual_seed(config.seed * 1000 + rank)
-    params, encoder = _begin(config, start)
-    pool = LatentPool(torch.load(vae_file, weights_only=True), scenes.split_combos()["train"], rng)
+    params, base, encoder = _begin(config, start)
+    pool = LatentPool(torch.load(vae_file, weights_only=True), scenes.split_combos()["train"], rng, config)
     clock = Clock(config.seconds, world)
     pool.add(config.first_clips)
     tokenizer = text.WordTokenizer()
@@ -102,18 +118,18 @@ def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: P
     average = Average(averaged, config.average)
     step, reported, losses = 0, time.monotonic(), []
     for done in clock.shares():
-        latents, shown = pool.batch(config.batch)
+        latents, shown, drawn = pool.batch(config.batch)
         tokens = [
-            [text.EOS] if rng.random() < config.no_caption else tokenizer(scenes.caption(scene, rng), rng)
-            for scene in shown
+            [text.EOS] if rng.random() < config.no_caption else tokenizer(config.caption(scene, rng), rng)
+            for scene in drawn
         ]
         noise = torch.randn(latents.shape, generator=generator)
         sigma = draw_sigma(config.batch, config.low, config.high, generator)
         level = sigma.view(-1, 1, 1, 1, 1)
         context = text.embed(encoder, tokens, config.model.text_len)
-        predicted = dit.velocity(
-            dit.compute_copy(params), config.model, (1 - level) * latents + level * noise, sigma, context, block
-        )
+        inputs = torch.cat([(1 - level) * latents + level * noise, shown], 1)
+        weights = dit.compute_copy(adapted(base, params))
+        predicted = dit.velocity(weights, config.model, inputs, sigma, context, block)
         loss = (predicted - (noise - latents)).square().mean()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -135,32 +151,35 @@ def train_dit(rank: int, world: int, config: DitTraining, vae_file: Path, out: P
             reported = time.monotonic()
             recent = sum(losses[-100:]) / len(losses[-100:])
             print(f"dit {done:.3f} step {step} clips {world * len(pool)} loss {recent:.4f}", flush=True)
-            _save(average, step, out)
+            _save(average, base, step, out)
     if rank == 0:
         recent = sum(losses[-200:]) / len(losses[-200:])
         print(f"dit done: {step} steps, {step * config.batch * world} samples, loss {recent:.4f}", flush=True)
-        _save(average, step, out)
+        _save(average, base, step, out)
 
 
-def _begin(config: DitTraining, start: Path | None) -> tuple[dict[str, Tensor], text.T5Encoder]:
-    encoder = text.build_encoder(config.words, config.seed)
+def _begin(config: DitTraining, start: Path | None) -> tuple[dict[str, Tensor], dict[str, Tensor], text.T5Encoder]:
+    """What is trained of the DiT, what stays as it is, and the text encoder."""
+    encoder, base = text.build_encoder(config.words, config.seed), {}
     if start is None:
         params = dit.init_params(config.model, config.seed)
     else:
         saved = torch.load(start, weights_only=True)
-        params = saved["dit"]
+        params, base = saved["dit"], saved["base"]
         encoder.load_state_dict(saved["text"])
+    if config.rank and not base:
+        base, params = params, init_adapter(params, config.rank, config.model.in_dim, config.seed)
     encoder.requires_grad_(not config.freeze_text)
     for value in params.values():
         value.requires_grad_()
-    return params, encoder
+    return params, base, encoder
 
 
-def _save(average: Average, steps: int, out: Path) -> None:
+def _save(average: Average, base: dict[str, Tensor], steps: int, out: Path) -> None:
     parts: dict[str, dict[str, Tensor]] = {"dit": {}, "text": {}}
     for name, value in average.values.items():
         part, key = name.split(".", 1)
         parts[part][key] = value
     temporary = out.with_suffix(".part")
-    torch.save({**parts, "steps": steps}, temporary)
+    torch.save({**parts, "base": base, "steps": steps}, temporary)
     temporary.replace(out)

@@ -94,12 +94,12 @@ def table(result: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     lines = [f"| | {' | '.join(ROWS)} |", "|---|" + "---|" * len(ROWS)]
     for name, cell in result["model"].items():
-        cells = [_cell(result[row][name]) for row in ROWS]
+        cells = [cell(result[row][name]) for row in ROWS]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" if cell else "")
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     if isinstance(value, dict):
         share = value["right"] / max(1, value["of"])
         return f"{value['right']}/{value['of']} = {share:.1%} [{value['low']:.1%}, {value['high']:.1%}]"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import dit, text
+from .adapter import write_adapter
 
 # Half of float32's bytes. The loaders compute in float32; rounding the weights costs 3e-4 of their size.
 STORED = torch.float16
@@ -22,12 +23,25 @@ def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
         saved = torch.load(source, weights_only=True)
         place = folder / f"{name}_noise_model"
         place.mkdir(parents=True, exist_ok=True)
-        config = json.dumps(dit.DitConfig().to_json(), indent=2, sort_keys=True)
-        (place / "config.json").write_text(config + "\n", encoding="utf-8")
+        _write_config(dit.DitConfig(), place)
         save_file(stored(saved["dit"]), place / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
         torch.save(stored(saved["text"]), folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(stored(torch.load(vae_file, weights_only=True)), folder / "Wan2.1_VAE.pth")
     text.write_tokenizer(folder / "google" / "umt5-xxl")
+
+
+def export_adapters(experts: dict[str, Path], folder: Path) -> None:
+    """Adapters of the experts in the checkpoint `folder` as the checkpoint `folder`/i2v, which has all else of it."""
+    for name, source in experts.items():
+        place = folder / "i2v" / f"{name}_noise_model"
+        trained = torch.load(source, weights_only=True)["dit"]
+        write_adapter(stored(trained), f"../../{name}_noise_model", place)
+        _write_config(dit.DitConfig(in_dim=trained["patch_embedding.weight"].shape[1]), place)
+
+
+def _write_config(config: dit.DitConfig, place: Path) -> None:
+    content = json.dumps(config.to_json(), indent=2, sort_keys=True)
+    (place / "config.json").write_text(content + "\n", encoding="utf-8")
 
 
 def read_back(folder: Path, work: Path) -> None:
@@ -39,7 +53,7 @@ def read_back(folder: Path, work: Path) -> None:
     words = widened(torch.load(folder / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True))
     for name in EXPERTS:
         dit = load_file(folder / f"{name}_noise_model" / "diffusion_pytorch_model.safetensors")
-        torch.save({"dit": widened(dit), "text": words, "steps": 0}, work / f"{name}.pt")
+        torch.save({"dit": widened(dit), "base": {}, "text": words, "steps": 0}, work / f"{name}.pt")
     torch.save(widened(torch.load(folder / "Wan2.1_VAE.pth", weights_only=True)), work / "vae.pt")
 
 

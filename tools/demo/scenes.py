@@ -169,6 +169,13 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
     return text
 
 
+def event(scene: Scene, rng: random.Random, complete: bool = False) -> str:
+    """Writes what happens to an object that is not named."""
+    if not complete and rng.random() < 0.15:
+        scene = replace(scene, speed=None)
+    return f"{rng.choice(('it', 'it', 'the object', 'the thing'))} {_movement(scene, rng)}"
+
+
 def _pick(rng: random.Random, table: dict[str, tuple[str, ...]], key: str | None) -> str:
     return "" if key is None else rng.choice(table[key])
 

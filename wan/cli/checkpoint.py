@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from wan.layouts import CheckpointFiles
 
 DEMO = "t2v-demo"
+SHIPPED = {DEMO: "", "i2v-demo": "i2v"}
+"""The tasks whose model travels with the package, and its place in the folder `demo`."""
 
-# (model_type, width, experts) -> task. The demo model's row comes from its config.
+# (model_type, width, experts) -> task. The rows of those that are shipped come from their configs.
 _TASKS = {
     ("t2v", 1536, 1): "t2v-1.3B",
     ("t2v", 5120, 1): "t2v-14B",
@@ -78,8 +80,7 @@ def held_tasks(folder: Path | None, configs: dict[str, Any], files: CheckpointFi
     from wan.layouts.held import held
 
     known = dict(_TASKS)
-    if DEMO in configs:
-        known["t2v", configs[DEMO].dim, 2] = DEMO
+    known |= {(_kind(task), configs[task].dim, 2): task for task in SHIPPED if task in configs}
     tasks = []
     for each in held(folder, files):
         kind, dim = each.model.kind, each.model.dim
@@ -90,19 +91,22 @@ def held_tasks(folder: Path | None, configs: dict[str, Any], files: CheckpointFi
 
 
 def _like(kind: str, experts: int, configs: dict[str, Any]) -> str | None:
-    """The first task of that kind with as many experts; the demo's has sizes of its own."""
+    """The first task of that kind with as many experts; those that are shipped have sizes of their own."""
     from wan.layouts import experts_of
 
-    tasks = (task for task in configs if task.partition("-")[0] == kind and task != DEMO)
+    tasks = (task for task in configs if task.partition("-")[0] == kind and task not in SHIPPED)
     return next((task for task in tasks if len(experts_of(configs[task])) == experts), None)
 
 
-def demo_folder() -> Path:
-    """The model that travels with the package. Raises BadCheckpoint where it was left out."""
+def shipped_folder(task: str) -> Path:
+    """The model of a task in `SHIPPED`. Raises BadCheckpoint where it was left out."""
     try:
-        return data_folder("demo")
+        folder = data_folder("demo") / SHIPPED[task]
     except FileNotFoundError as error:
         raise BadCheckpoint(f"the demo model is not installed ({error}); pass its folder with --ckpt_dir") from error
+    if not folder.is_dir():
+        raise BadCheckpoint(f"the model of {task} is not installed: there is no {str(folder)!r}; pass --ckpt_dir")
+    return folder
 
 
 def check_folder(folder: Path | None, task: str, configs: dict[str, Any], files: CheckpointFiles | None = None) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.cli import env
+from wan.engine.weights.adapter import base_of
 from wan.engine.weights.files import MAX_HEADER_BYTES, SAFETENSORS, read_index, shards_of
 from wan.layouts.places import TOKENIZER_FILES
 from wan.runs import write_whole
@@ -58,7 +59,8 @@ def files_of(path: Path) -> list[Path]:
         return [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
     if path.name.endswith(".index.json"):
         return sorted({entry.path for entry in read_index(path).values()})
-    return shards_of(path)
+    base = base_of(path)
+    return [*shards_of(path), *(files_of(base) if base is not None else [])]
 
 
 class Memory:

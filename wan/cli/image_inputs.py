@@ -46,7 +46,7 @@ def _pictures(args: argparse.Namespace, asked: Asked, names: dict[str, str]) -> 
         raise BadRequest(f"--last_frame: {asked.num_frames} frames are too few to end elsewhere; make at least 5")
     paths = {flag: Path(getattr(args, flag)).expanduser() for flag in names}
     images = {flag: load_image(path, f"--{flag}") for flag, path in paths.items()}
-    first, fit = next(iter(images.values())), args.fit or "area"
+    first, fit = next(iter(images.values())), args.fit or asked.config.get("sample_fit", "area")
     size, why = (asked.width, asked.height), {}
     if fit == "area":
         size = area_size(

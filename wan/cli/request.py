@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from wan.cli import hub
-from wan.cli.checkpoint import DEMO, check_folder, check_kind, demo_folder, detect_task, no_folder
+from wan.cli.checkpoint import DEMO, SHIPPED, check_folder, check_kind, detect_task, no_folder, shipped_folder
 from wan.cli.inputs import Asked, Inputs, read_inputs
 from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
 from wan.engine.errors import BadRequest
@@ -32,6 +32,7 @@ EXAMPLE_PROMPTS = {
     "s2v": "A person looks into the camera and speaks, calm and lively, with natural movements of head and hands.",
     "t2i": "A lighthouse on a basalt cliff under a clearing storm, warm light in its windows, painted in oils.",
     DEMO: "a big red circle moves to the right",
+    "i2v-demo": "it moves slowly to the right",
 }
 
 
@@ -289,9 +290,9 @@ def _checkpoint(
         return Path(args.ckpt_dir).expanduser() if args.ckpt_dir is not None else None
     files, folder = _files(args), None
     if args.ckpt_dir is None:
-        if task != DEMO and not files:
+        if task not in SHIPPED and not files:
             raise no_folder(args.task)
-        folder = demo_folder() if task == DEMO and not files else None
+        folder = shipped_folder(task) if not files else None
     elif repository is not None:
         check_kind(repository.name, repository.folder, task, configs, files)
         repository.check(task, configs[task])

@@ -8,6 +8,7 @@ from .shared_config import wan_shared_cfg
 from .wan_animate_14B import animate_14B
 from .wan_i2v_14B import flf2v_14B, i2v_14B
 from .wan_i2v_A14B import i2v_A14B
+from .wan_i2v_demo import i2v_demo
 from .wan_s2v_14B import s2v_14B
 from .wan_t2v_1_3B import t2v_1_3B
 from .wan_t2v_14B import t2i_14B, t2v_14B
@@ -35,6 +36,7 @@ WAN_CONFIGS = {
     "s2v-14B": s2v_14B,
     "animate-14B": animate_14B,
     "t2v-demo": t2v_demo,
+    "i2v-demo": i2v_demo,
 }
 
 # name -> (width, height): the numbers in the order of the name
@@ -72,4 +74,5 @@ SUPPORTED_SIZES = {
     "s2v-14B": (*_720P, *_480P, "1024*704", "704*1024", "704*1280", "1280*704"),
     "animate-14B": _720P,
     "t2v-demo": ("96*96",),
+    "i2v-demo": ("96*96",),
 }

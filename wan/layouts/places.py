@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.adapter import STEM as ADAPTER
 from wan.engine.weights.files import check_content
 from wan.engine.weights.stream import find_weights
 
 EXPERTS = ("dit", "high", "low")
-STEMS = ("diffusion_pytorch_model", "model")
+STEMS = ("diffusion_pytorch_model", "model", ADAPTER)
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 _PARTS = {
@@ -120,7 +121,7 @@ class Places:
 
 
 def stem_of(folder: Path) -> str:
-    """How the weights in a folder are called: diffusers' models one way, transformers' another."""
+    """How the weights in a folder are called: diffusers' models one way, transformers' and PEFT's in others."""
     return next((stem for stem in STEMS if any(folder.glob(f"{stem}*.safetensors*"))), STEMS[0])
 
 

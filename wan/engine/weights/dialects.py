@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.adapter import base_of, open_adapted
 from wan.engine.weights.animate_names import diffusers_animate
 from wan.engine.weights.keymap import (
     DIFFUSERS_DIT,
@@ -104,6 +105,9 @@ def open_network(path: Path, network: str) -> WeightFile:
 
     Raises BadCheckpoint naming the file when it cannot be read, holds another network, or quantised weights.
     """
+    base = base_of(path)
+    if base is not None:
+        return open_adapted(open_network(base, network), path)
     weights = open_weights(path)
     found = identify(weights.shapes())
     if found is None:

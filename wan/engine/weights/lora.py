@@ -19,7 +19,7 @@ from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.keymap import DIFFUSERS_DIT
 from wan.engine.weights.stream import WeightFile, open_weights
 
-__all__ = ["LoRAFile", "merged", "open_lora"]
+__all__ = ["LoRAFile", "merged", "open_lora", "read_lora"]
 
 _PREFIX = re.compile(r"^((base_model|model|diffusion_model|transformer|unet|pipe|dit)\.)+")
 _SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
@@ -73,6 +73,13 @@ class LoRAFile:
             f"LoRA {str(self.path)!r} changes {layer!r}, which this transformer lacks; it was made for another model"
         )
 
+    def added(self, key: str, tensor: Tensor, strength: float) -> Tensor:
+        """The weight `key` with its pair added, in float32; `tensor` itself where there is none."""
+        layer, _, kind = key.rpartition(".")
+        if kind != "weight" or layer not in self._pairs:
+            return tensor
+        return torch.add(tensor.float(), self.delta(layer).view(tensor.shape), alpha=strength)
+
     def delta(self, layer: str) -> Tensor:
         """What is added to the layer's weight at strength 1, float32 [out, in]."""
         pair = self._pairs[layer]
@@ -87,9 +94,20 @@ def open_lora(path: Path) -> LoRAFile:
     """The LoRA in a file (.safetensors, .pt, .ckpt). Raises BadCheckpoint naming the first key it cannot use."""
     if not path.is_file():
         raise BadCheckpoint(f"LoRA {str(path)!r} does not exist; pass a .safetensors, .pt or .ckpt file")
-    weights = open_weights(path)
-    shapes = weights.shapes()
+    lora, rest = read_lora(open_weights(path))
+    for key in rest.values():
+        raise BadCheckpoint(
+            f"LoRA {str(path)!r} holds {key!r}, which this version cannot merge: it reads pairs such as "
+            "lora_A and lora_B or lora_down and lora_up, and their alpha"
+        )
+    return lora
+
+
+def read_lora(weights: WeightFile) -> tuple[LoRAFile, dict[str, str]]:
+    """The pairs of a file and what else it holds, key in the file by our name. Raises BadCheckpoint if a half lacks."""
+    path, shapes = weights.path, weights.shapes()
     found: dict[str, dict[str, str]] = {}
+    rest: dict[str, str] = {}
     for key, shape in shapes.items():
         layer, _, last = key.rpartition(".")
         if last == "alpha" and math.prod(shape) == 1:
@@ -97,17 +115,15 @@ def open_lora(path: Path) -> LoRAFile:
             continue
         match = _PAIR.fullmatch(key)
         if match is None or len(shape) < 2:
-            raise BadCheckpoint(
-                f"LoRA {str(path)!r} holds {key!r}, which this version cannot merge: it reads pairs such as "
-                "lora_A and lora_B or lora_down and lora_up, and their alpha"
-            )
+            rest[_ours(key)] = key
+            continue
         found.setdefault(_ours(match["layer"]), {})[_SIDES[match["side"] or match["old"]]] = key
     for layer, keys in found.items():
         if missing := {"down", "up"} - keys.keys():
             raise BadCheckpoint(f"LoRA {str(path)!r} has no {missing.pop()!r} matrix for {layer!r}; download it again")
-    if not found:
+    if not found and not rest:
         raise BadCheckpoint(f"LoRA {str(path)!r} is empty; download it again")
-    return LoRAFile(weights, {k: Pair(v["down"], v["up"], v.get("alpha")) for k, v in found.items()})
+    return LoRAFile(weights, {k: Pair(v["down"], v["up"], v.get("alpha")) for k, v in found.items()}), rest
 
 
 def merged(
@@ -123,7 +139,7 @@ def merged(
         for (lora, strength), layers in zip(loras, waiting, strict=True):
             if kind == "weight" and layer in layers:
                 layers.remove(layer)
-                tensor = torch.add(tensor.float(), lora.delta(layer).view(tensor.shape), alpha=strength)
+                tensor = lora.added(key, tensor, strength)
         yield key, tensor
         del tensor  # not kept alive while the next one is read
     for (lora, _), layers in zip(loras, waiting, strict=True):
