@@ -79,6 +79,7 @@ REFUSED = [
     (["--task", "t2v-14B"], r"pass the folder of the t2v-14B checkpoint.*Wan-AI/Wan2\.1-T2V-14B.*--task t2v-demo"),
     (["--task", "t2v-99B"], r"--task 't2v-99B' is unknown; use one of .*t2v-A14B"),
     (["--task", "i2v-14B"], r"--image is missing: i2v-14B makes a video that begins with a picture"),
+    (["--task", "i2v-demo"], r"--image is missing: i2v-demo makes a video that begins with a picture"),
     (["--task", "t2v-14B", "--ckpt_dir", "nowhere"], r"--ckpt_dir 'nowhere' is not a folder"),
     ([*DUMMY, "--size", "720p"], r"--size '720p'.*480\*832, 832\*480; the nearest is 832\*480.*--any_size"),
     ([*DUMMY, "--size", "huge"], r"size 'huge' is not WIDTH\*HEIGHT.*1280x720.*720p"),

@@ -96,6 +96,7 @@ def whole(tiny_checkpoint: Path, tiny_config: Any, tmp_path: Path, monkeypatch: 
         ({"model_type": "t2v", "dim": 5120}, (), {}, "t2v-14B"),
         ({"model_type": "t2v", "dim": 5120}, TWO, {}, "t2v-A14B"),
         ({"model_type": "t2v", "dim": WAN_CONFIGS["t2v-demo"].dim}, TWO, {}, "t2v-demo"),
+        ({"model_type": "i2v", "dim": WAN_CONFIGS["i2v-demo"].dim, "in_dim": 36}, TWO, {}, "i2v-demo"),
         ({"model_type": "t2v", "dim": 96}, TWO, {}, "t2v-A14B"),
         ({"model_type": "i2v", "dim": 5120, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),
         ({"model_type": "i2v", "dim": 96, "in_dim": 36}, (), {"image_dim": 80}, "i2v-14B"),

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import wan.configs
+from wan.cli.checkpoint import SHIPPED
 from wan.configs import MAX_AREA_CONFIGS, SIZE_CONFIGS, SUPPORTED_SIZES, WAN_CONFIGS
+from wan.layouts import locate
 
 SHARED = {
     "t5_model": "umt5_xxl",
@@ -115,16 +117,17 @@ def test_demo_has_upstreams_two_expert_layout() -> None:
     assert set(WAN_CONFIGS["t2v-A14B"]) <= set(demo)
 
 
-def test_demo_config_matches_the_shipped_model() -> None:
-    folder = Path(__file__).parents[2] / "demo"
-    if not folder.is_dir():
-        pytest.skip("the demo model is not present")
-    demo = WAN_CONFIGS["t2v-demo"]
+@pytest.mark.parametrize("task", SHIPPED)
+def test_demo_config_matches_the_shipped_model(task: str) -> None:
+    folder = Path(__file__).parents[2] / "demo" / SHIPPED[task]
+    if not (folder / "high_noise_model").is_dir():
+        pytest.skip(f"the model of {task} is not present")
+    demo = WAN_CONFIGS[task]
     for expert in (demo.low_noise_checkpoint, demo.high_noise_checkpoint):
         shipped = json.loads((folder / expert / "config.json").read_text(encoding="utf-8"))
         for field in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps"):
             assert shipped[field] == demo[field], field
-    assert all((folder / name).exists() for name in (demo.t5_checkpoint, demo.t5_tokenizer, demo.vae_checkpoint))
+    assert not locate(folder, demo).lacking()
 
 
 def test_sizes() -> None:
@@ -142,7 +145,12 @@ def test_supported_sizes() -> None:
     tall = {"704*1280", "1280*704"}
     expected = dict.fromkeys(("t2v-14B", "i2v-14B", "flf2v-14B", "vace-14B", "t2v-A14B", "i2v-A14B"), four)
     expected |= {"t2v-1.3B": small, "vace-1.3B": small, "t2i-14B": four | {"1024*1024"}, "ti2v-5B": tall}
-    expected |= {"s2v-14B": four | tall | {"1024*704", "704*1024"}, "animate-14B": four - small, "t2v-demo": {"96*96"}}
+    expected |= {
+        "i2v-demo": {"96*96"},
+        "s2v-14B": four | tall | {"1024*704", "704*1024"},
+        "animate-14B": four - small,
+        "t2v-demo": {"96*96"},
+    }
     assert {task: set(sizes) for task, sizes in SUPPORTED_SIZES.items()} == expected
     assert set(WAN_CONFIGS) <= set(SUPPORTED_SIZES)
 

@@ -43,9 +43,7 @@ def adapted(base: Params, trained: Params) -> Params:
     for name, value in trained.items():
         layer = name.removesuffix(".lora_B.weight")
         if layer != name:
-            weights[f"{layer}.weight"] = torch.addmm(
-                base[f"{layer}.weight"], value, trained[f"{layer}.lora_A.weight"]
-            )
+            weights[f"{layer}.weight"] = torch.addmm(base[f"{layer}.weight"], value, trained[f"{layer}.lora_A.weight"])
         elif not name.endswith(".lora_A.weight"):
             weights[name] = value
     return weights

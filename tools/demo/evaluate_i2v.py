@@ -1,5 +1,5 @@
-"""Measures how the demo continues a picture: first frames of scenes never trained on, captions that say what happens and
-do not name the object, clips judged from pixels.
+"""Measures how the demo continues a picture: first frames of scenes never trained on, captions that say what happens
+and do not name the object, clips judged from pixels.
 
 Beside the image model stand its control, the text model with the same captions and seeds, which never saw the picture,
 and two bounds: the rendered clip, and that clip through the VAE. What is to be kept (colour, shape, size, backdrop) is
@@ -12,7 +12,7 @@ import random
 import time
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.multiprocessing as mp
@@ -22,9 +22,6 @@ from wan.cli.judge import judge
 
 from . import scenes
 from .evaluate import cell, wilson
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LABELS = {
     "i2v": "i2v, object not named",
@@ -77,7 +74,7 @@ class _Studio:
             "frame_num": scenes.FRAMES, "shift": config.sample_shift, "sampling_steps": config.sample_steps,
             "guide_scale": config.sample_guide_scale, "seed": seed,
         }  # fmt: skip
-        first, last = picture(truth[:, 0]), picture(truth[:, -1])
+        first, last = (scenes.picture(truth[:, number]) for number in (0, -1))
         from_image = common | {"size": size, "fit": "crop"}
         with torch.no_grad():
             rebuilt = self._text.vae.decode(self._text.vae.encode([truth]))[0]
@@ -89,13 +86,6 @@ class _Studio:
             "truth": truth,
             "vae": rebuilt,
         }
-
-
-def picture(frame: Tensor) -> Image:
-    """A frame [3, H, W] as a picture of 8 bits."""
-    from PIL import Image
-
-    return Image.fromarray(((frame.movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
 
 def _measured(video: Tensor, truth: Tensor, scene: scenes.Scene) -> dict[str, Any]:
@@ -114,10 +104,14 @@ def _measured(video: Tensor, truth: Tensor, scene: scenes.Scene) -> dict[str, An
         right[name] for name in ("frame 0: color", "frame 0: shape", "clip: color", "clip: shape", "motion")
     )
     return {
-        "right": right, "first frame, dB": psnr(video[:, 0], truth[:, 0]), "last frame, dB": psnr(video[:, -1], truth[:, -1]),
-        "change after frame 0": changes[0], "usual change": usual, "outline overlap, 0 to 1": judge(video[:, :2]).outline_iou,
+        "right": right,
+        "first frame, dB": psnr(video[:, 0], truth[:, 0]),
+        "last frame, dB": psnr(video[:, -1], truth[:, -1]),
+        "change after frame 0": changes[0],
+        "usual change": usual,
+        "outline overlap, 0 to 1": judge(video[:, :2]).outline_iou,
         "outline overlap, all": whole.outline_iou,
-    }  # fmt: skip
+    }
 
 
 def _still(frame: Tensor) -> Any:
@@ -150,3 +144,13 @@ def table(result: dict[str, Any]) -> str:
         cells = ["" if (value := result[row].get(name)) is None else cell(value) for row in LABELS]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def write_into(readme: Path, result: dict[str, Any]) -> None:
+    """Replaces what stands between the marks of the checkpoint's README."""
+    before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- results -->\n")
+    _, end, after = rest.partition("<!-- end of results -->")
+    said = (
+        f"{result['clips']} clips of the {result['split']} combinations (seed {result['seed']}), all in `results.json`."
+    )
+    readme.write_text(f"{before}{begin}{said}\n\n{table(result)}\n{end}{after}", encoding="utf-8")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import dit, text
+from . import dit, scenes, text
 from .adapter import write_adapter
 
 # Half of float32's bytes. The loaders compute in float32; rounding the weights costs 3e-4 of their size.
@@ -31,12 +32,14 @@ def export(vae_file: Path, experts: dict[str, Path], folder: Path) -> None:
 
 
 def export_adapters(experts: dict[str, Path], folder: Path) -> None:
-    """Adapters of the experts in the checkpoint `folder` as the checkpoint `folder`/i2v, which has all else of it."""
+    """Adapters of the experts in `folder` as the checkpoint `folder`/i2v, with a picture to try it with."""
     for name, source in experts.items():
         place = folder / "i2v" / f"{name}_noise_model"
         trained = torch.load(source, weights_only=True)["dit"]
         write_adapter(stored(trained), f"../../{name}_noise_model", place)
         _write_config(dit.DitConfig(in_dim=trained["patch_embedding.weight"].shape[1]), place)
+    scene = scenes.random_scene(random.Random(1), ("orange", "square", "right"))
+    scenes.picture(scenes.render([scene])[0, :, 0]).save(folder / "i2v" / "example.png", optimize=True)
 
 
 def _write_config(config: dit.DitConfig, place: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wan.cli import judge
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SIDE = 96
 FRAMES = judge.CLIP_FRAMES
@@ -167,6 +171,13 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
     if rng.random() < 0.3:
         text = text[0].upper() + text[1:] + rng.choice((".", ""))
     return text
+
+
+def picture(frame: Tensor) -> Image:
+    """A frame [3, H, W] of a clip as a picture of 8 bits."""
+    from PIL import Image
+
+    return Image.fromarray(((frame.movedim(0, -1) + 1) * 127.5).round().clamp(0, 255).byte().numpy())
 
 
 def event(scene: Scene, rng: random.Random, complete: bool = False) -> str:

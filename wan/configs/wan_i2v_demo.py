@@ -1,4 +1,4 @@
-"""The demo model taught to continue a picture: adapters over its two experts, all else is the demo's (`demo/i2v/`)."""
+"""The demo model taught to continue a picture: adapters over its two experts (`demo/i2v/`), all else is the demo's."""
 
 from __future__ import annotations
 
@@ -15,5 +15,4 @@ i2v_demo = make_config(
     image_dim=0,
     # It knows one size, so a picture of any shape is cut to it.
     sample_fit="crop",
-    **{field: f"../{t2v_demo[field]}" for field in ("t5_checkpoint", "t5_tokenizer", "vae_checkpoint")},
 )

@@ -1,9 +1,16 @@
-"""The folders Wan 2.1 and 2.2 were published in; file names come from the task's configuration."""
+"""The folders Wan 2.1 and 2.2 were published in; file names come from the task's configuration.
+
+Where the transformer is an adapter, what lacks is taken from the checkpoint it belongs to.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+
+from wan.engine.weights.adapter import STEM as ADAPTER
+from wan.engine.weights.adapter import base_of
 
 FILES = {
     "text_encoder": "t5_checkpoint",
@@ -21,7 +28,15 @@ def shared(config: Any) -> tuple[str, ...]:
 
 def paths(folder: Path, experts: tuple[str, ...], config: Any) -> dict[str, Path | None]:
     """Part -> place; one expert lies in the folder itself, two in folders of their own."""
-    places: dict[str, Path | None] = {"dit": folder}
+    places = {"dit": folder}
     if "dit" not in experts:
         places = {"high": folder / config.high_noise_checkpoint, "low": folder / config.low_noise_checkpoint}
-    return places | {part: folder / config[FILES[part]] for part in shared(config)}
+    homes = [folder, *_base(folder, *places.values())]
+    names = {part: config[FILES[part]] for part in shared(config)}
+    return places | {part: next((h / n for h in homes if (h / n).exists()), folder / n) for part, n in names.items()}
+
+
+def _base(folder: Path, transformer: Path, *rest: Path) -> list[Path]:
+    """The checkpoint that an adapter in `folder` changes: what they share need not be there twice."""
+    base = base_of(transformer / f"{ADAPTER}.safetensors")
+    return [] if base is None else [(base.parent / os.path.relpath(folder, transformer)).resolve()]

@@ -55,10 +55,10 @@ class AdaptedFile(WeightFile):
 
 def base_of(path: Path) -> Path | None:
     """The weight file that the adapter in `path` changes; None where `path` is none. Raises BadCheckpoint."""
-    if not path.name.startswith(STEM):
+    if not (path.name.startswith(STEM) and path.is_file()):
         return None
     named = str(_config(path).get("base_model_name_or_path"))
-    folder = path.parent / Path(named).expanduser()
+    folder = (path.parent / Path(named).expanduser()).resolve()
     if not folder.is_dir():
         raise BadCheckpoint(
             f"{str(path.parent / CONFIG)!r} says base_model_name_or_path {named!r}, and there is no such folder; write "
@@ -74,7 +74,9 @@ def open_adapted(base: WeightFile, path: Path) -> AdaptedFile:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if config.get("peft_type") != "LORA" or variant or not isinstance(rank, int) or not isinstance(alpha, int | float):
         said = f"{variant} {config[variant]!r}" if variant else f"peft_type {config.get('peft_type')!r}, r {rank!r}"
-        raise BadCheckpoint(f"{str(path.parent / CONFIG)!r} has {said}: only plain LoRA can be merged; merge it with PEFT")
+        raise BadCheckpoint(
+            f"{str(path.parent / CONFIG)!r} has {said}: only plain LoRA can be merged; merge it with PEFT"
+        )
     return AdaptedFile(base, open_weights(path), alpha / max(rank, 1))
 
 
