@@ -1,0 +1,190 @@
+"""The fastest way to run that fits into a card's memory, chosen among what the options offer.
+
+Pure: sizes in, option values with a reason each out. A larger budget only adds choices, so it is never predicted
+slower. What the user pinned is kept, and nothing that changes the picture is chosen unless it is allowed; decoding in
+tiles, whose difference is invisible, is taken where whole frames do not fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from wan.engine.errors import IncompatibleOptions
+from wan.engine.prediction import PLAIN, Models, Prediction, Video, predict
+from wan.engine.roofline import GB, Card
+
+TILES = (64, 48, 32, 24, 16)
+STEP = GB // 10
+"""Budgets are told in these."""
+MARGIN_BYTES = 3 * GB // 10
+"""What is left to other processes, beside what they use, where nothing else is said."""
+FEWEST_ROWS = 4096
+"""Fewer rows at a time would no longer fill a card."""
+
+_SAVERS = {name for name, plain in PLAIN.items() if name not in ("use_batched_cfg", "compile")}
+_DOING = {
+    "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
+}  # fmt: skip
+_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of 12GB (10^9), 12GiB (2^30), 11.5G (as GB) or 900MB. Raises ValueError with the reason."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise ValueError(f"{text!r} is not a size of memory: write 12GB, 11.5GB, 900MB or 12GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].lower()])
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as 12.3 GB."""
+    return f"{size / GB:.1f} GB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What a choice has to keep to: `available` are the options there are, `pinned` those with the user's values.
+
+    `others` are values that only matter to the prediction (compile, ...). `ram` None: not known.
+    """
+
+    available: frozenset[str]
+    pinned: Mapping[str, Any] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    ram: int | None = None
+
+
+class Planner:
+    """Everything that could be chosen for a video, the fastest first."""
+
+    def __init__(self, models: Models, video: Video, card: Card, wishes: Wishes) -> None:
+        self.models, self.video, self.card, self.wishes = models, video, card, wishes
+        self.blocks = models.transformer.num_blocks
+        swap = "block_swap" in wishes.available and wishes.pinned.get("block_swap") in (None, "auto")
+        most = self.blocks if swap else wishes.pinned.get("block_swap", 0)
+        fewest = 0 if swap else most
+        pairs = [
+            (self._predict(values | {"block_swap": fewest}), self._predict(values | {"block_swap": most}))
+            for values in self._candidates()
+        ]
+        self._choices = sorted(pairs, key=lambda pair: self._cost(pair[0]))
+
+    def choose(self, budget: int) -> Prediction:
+        """The fastest way to run within `budget` bytes. Raises IncompatibleOptions naming a budget that would do.
+
+        Among equally fast ones the plainest is taken; one that also fits into RAM goes before all that do not.
+        """
+        best: Prediction | None = None
+        for free, lean in self._choices:
+            if best is not None and self._cost(free) >= self._cost(best):
+                break  # swapping blocks never makes it faster
+            if lean.peak_bytes > budget:
+                continue
+            found = free if free.peak_bytes <= budget else self._swapped(free, lean, budget)
+            if best is None or self._cost(found) < self._cost(best):
+                best = found
+        if best is None:
+            raise self._refusal(budget)
+        return replace(best, reasons=self._reasons(best, budget), budget=budget)
+
+    def least(self) -> int:
+        """The smallest budget that is enough, a little rounded up."""
+        return -(-min(lean.peak_bytes for _, lean in self._choices) // STEP) * STEP
+
+    def fits(self, budget: int) -> bool:
+        return self.least() <= budget
+
+    def _predict(self, values: Mapping[str, Any]) -> Prediction:
+        return predict(self.models, self.video, self.card, {**self.wishes.others, **values})
+
+    def _cost(self, found: Prediction) -> tuple[bool, float, int]:
+        lacks_ram = self.wishes.ram is not None and found.host_bytes > self.wishes.ram
+        changed = sum(found.values[name] != plain for name, plain in PLAIN.items())
+        return lacks_ram, round(found.total_seconds, 3), changed
+
+    def _candidates(self) -> Iterator[dict[str, Any]]:
+        """Every combination but for the number of swapped blocks, which follows from the budget."""
+        rows = max(FEWEST_ROWS, -(-self.video.tokens(self.models) // 8))
+        ladders: tuple[list[dict[str, Any]], ...] = (
+            [{"offload_model": False}, {"offload_model": True}],
+            [{"vae_cpu": False}, {"vae_cpu": True}],
+            [
+                {"t5_cpu": False, "stream_t5": False},
+                {"t5_cpu": False, "stream_t5": True},
+                {"t5_cpu": True, "stream_t5": False},
+            ],
+            [
+                {"ffn_rows": 0, "attention_rows": 0},
+                {"ffn_rows": rows, "attention_rows": 0},
+                {"ffn_rows": rows, "attention_rows": rows},
+            ],
+            [{"use_batched_cfg": False}, {"use_batched_cfg": True}],
+            [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile": tile} for tile in TILES)],
+        )
+        for rungs in itertools.product(*map(self._allowed, ladders)):
+            yield {name: value for rung in rungs for name, value in rung.items()}
+
+    def _allowed(self, ladder: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rungs whose options exist, with what the user pinned in place of theirs, each once."""
+        available, pinned, rungs = self.wishes.available, self.wishes.pinned, []
+        for rung in ladder:
+            if all(value == PLAIN[name] or name in available for name, value in rung.items()):
+                rung = {name: pinned.get(name, value) for name, value in rung.items()}
+                rungs += [rung] if rung not in rungs else []
+        return rungs
+
+    def _swapped(self, free: Prediction, lean: Prediction, budget: int) -> Prediction:
+        """`free` with the fewest blocks swapped that make it fit; what a stage needs falls evenly with each."""
+        slots = min(1 + free.values["prefetch_blocks"], self.blocks)
+        count = slots + 1
+        for phase, parts in free.phases.items():
+            before, after = sum(parts.values()), sum(lean.phases[phase].values())
+            if before > budget:
+                count = max(count, slots + math.ceil((before - budget) * (self.blocks - slots) / (before - after)))
+        return self._predict({**free.values, "block_swap": min(count, self.blocks)})
+
+    def _reasons(self, found: Prediction, budget: int) -> dict[str, str]:
+        """Why each option that is chosen has its value: what would be without it."""
+        reasons = {}
+        for name in sorted(self.wishes.available & PLAIN.keys() - self.wishes.pinned.keys()):
+            if found.values[name] == PLAIN[name]:
+                reasons[name] = "there is room" if name in _SAVERS else "nothing gained"
+                continue
+            without = self._predict({**found.values, name: PLAIN[name]})
+            if without.peak_bytes > budget:
+                reasons[name] = f"else {gigabytes(without.peak_bytes)} to {_DOING[without.peak_phase]}"
+            else:
+                reasons[name] = f"{without.total_seconds - found.total_seconds:.1f} s faster a video"
+        return reasons
+
+    def _refusal(self, budget: int) -> IncompatibleOptions:
+        lean = min((lean for _, lean in self._choices), key=lambda each: each.peak_bytes)
+        kept = ", ".join(f"--{name} {value}" for name, value in self.wishes.pinned.items())
+        return IncompatibleOptions(
+            f"{gigabytes(budget)} of GPU memory are too little for {self.video.width}x{self.video.height}, "
+            f"{self.video.frames} frames{f' with {kept}' if kept else ''}: it takes {gigabytes(self.least())} "
+            f"(to {_DOING[lean.peak_phase]}). Give --vram_budget {self.least() / GB:.1f}GB, a smaller --size or fewer "
+            "--frame_num; --find_max frames says how many fit"
+        )
+
+
+def describe_budget(found: Prediction) -> list[str]:
+    """What is predicted, in lines for people: bytes of each stage, pace, and whether copies hide."""
+    limit = "" if found.budget is None else f" of {gigabytes(found.budget)}"
+    lines = [f"memory  at most {gigabytes(found.peak_bytes)}{limit}, computed for {found.card.name} (not measured)"]
+    for phase, parts in found.phases.items():
+        shares = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
+        lines.append(f"        {phase:8}{gigabytes(sum(parts.values()))} = {shares}")
+    pace = f"{found.seconds_per_step:.2f} s/step, {found.total_seconds:.0f} s a video"
+    lines.append(f"pace    {pace}, computed from {found.card.source}; {gigabytes(found.host_bytes)} of RAM for weights")
+    if found.copies_hide is not None:
+        needs = f"{found.copy_rate_needed / GB:.1f} of {found.card.copy_rate / GB:.0f} GB/s needed"
+        hidden = "hide behind computing" if found.copies_hide else "do not hide behind computing"
+        lines.append(f"copies  of swapped blocks {hidden}: {needs}")
+    return lines

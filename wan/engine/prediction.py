@@ -1,0 +1,281 @@
+"""What one way to run a video needs of a card, stage by stage, and how long it takes: computed before a weight is read.
+
+A pure function of sizes, without torch or a GPU; `wan.engine.budget` compares ways to run by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from wan.engine.roofline import (
+    CPU_FLOPS,
+    GB,
+    GEMM,
+    HBM,
+    LIVE_TENSORS,
+    LIVE_TENSORS_ENCODED,
+    LIVE_TENSORS_GROUPED,
+    PAGEABLE,
+    VAE,
+    Card,
+    TextEncoder,
+    Transformer,
+    activation_bytes,
+    decoder,
+    encoder,
+    forward_seconds,
+    text_flops,
+    vae_bytes,
+    vae_seconds,
+)
+
+CONTEXT_BYTES = GB // 2
+"""CUDA's own context in a process: outside what torch allocates, inside what a driver shows."""
+WORKSPACE_BYTES = 7 * GB // 10
+"""Workspaces of the libraries and what the allocator cannot use."""
+LAYERS_AT_ONCE = 2
+"""Layers of a streamed text encoder on the card: one computes while the next arrives."""
+SWAP_SHARE = 0.01
+"""What copying every block beside computing costs of its time; assumed."""
+DECODE_PIXELS = 8192
+"""Latent pixels decoded at a time, as `wan.engine.decoding` has it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """The sizes of a checkpoint: `experts` transformers of one size, the encoders, the VAE."""
+
+    transformer: Transformer
+    text: TextEncoder
+    vae: VAE
+    experts: int = 1
+    clip_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """What is made, as far as it costs. `frames` are those computed together; `more_tokens` do not belong to them.
+
+    `encodes`: the VAE encodes pictures or frames first. `forwards` are those of a step.
+    """
+
+    width: int
+    height: int
+    frames: int
+    steps: int = 50
+    forwards: int = 2
+    texts: int = 2
+    encodes: bool = False
+    more_tokens: int = 0
+
+    def latent(self, vae: VAE) -> tuple[int, int, int]:
+        """Frames, rows and columns of its latents."""
+        time, side = vae.stride
+        return (self.frames - 1) // time + 1, self.height // side, self.width // side
+
+    def tokens(self, models: Models) -> int:
+        """Tokens of a forward."""
+        return math.prod(self.latent(models.vae)) // math.prod(models.transformer.patch) + self.more_tokens
+
+
+PLAIN: Mapping[str, Any] = {
+    "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
+    "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
+    "vae_tile": 32, "vae_tile_overlap": 8, "compile": False,
+}  # fmt: skip
+"""The options a prediction looks at, with what plain means; others do not change it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one way to run is computed to need. Nothing in it is measured."""
+
+    card: Card
+    values: Mapping[str, Any]
+    """Option -> value, of all options it looks at."""
+    phases: Mapping[str, Mapping[str, int]]
+    """Stage ("text", "encode", "denoise", "decode") -> part -> bytes on the card."""
+    seconds: Mapping[str, float]
+    """Stage -> seconds of a whole video, copies of weights included."""
+    seconds_per_step: float
+    host_bytes: int
+    """RAM that networks need while they are not on the card."""
+    copy_rate_needed: float = 0.0
+    """Bytes a second that swapped blocks need to arrive in time; 0 without any."""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    """Option -> why it was chosen; empty in what was only predicted."""
+    budget: int | None = None
+
+    @property
+    def peak_phase(self) -> str:
+        """The stage that needs most."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the process needs of the card at most, as the driver shows it."""
+        return sum(self.phases[self.peak_phase].values())
+
+    @property
+    def copies_hide(self) -> bool | None:
+        """Whether swapped blocks arrive while others compute; None where none is swapped."""
+        return self.copy_rate_needed <= self.card.copy_rate if self.copy_rate_needed else None
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any]) -> Prediction:
+    """What running with these option values needs; an option that is not given is plain."""
+    given = {name: plain if values.get(name) is None else values[name] for name, plain in PLAIN.items()}
+    swapped = min(_count(given["block_swap"], models), models.transformer.num_blocks)
+    dit_bytes = _on_card(models.transformer, swapped, given["prefetch_blocks"])
+    stays = _staying(models, given, dit_bytes)
+    denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
+    decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given))
+    batch = 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
+    activations = activation_bytes(
+        models.transformer, video.tokens(models), batch=batch, ffn_rows=given["ffn_rows"],
+        attention_rows=given["attention_rows"],
+    )  # fmt: skip
+    used = {
+        "text": {"text encoder": _text_on_card(models.text, given)},
+        "denoise": {"transformer": dit_bytes, "activations": activations},
+        "decode": {"VAE": models.vae.num_bytes, "frames": decode_bytes},
+    }
+    seconds = {
+        "text": _text_seconds(models.text, video, card, given), "denoise": denoise_s * video.steps, "decode": decode_s,
+        "copies": _copied(models, given) / card.copy_rate,
+    }  # fmt: skip
+    if video.encodes:
+        frames, encode_s = _encode(models.vae, video, card)
+        used["encode"] = {"VAE": models.vae.num_bytes, "frames": frames, "image encoder": models.clip_bytes}
+        seconds["encode"] = encode_s
+    overhead = CONTEXT_BYTES + WORKSPACE_BYTES
+    needed = models.transformer.block_bytes * swapped / max(forward_s, 1e-9)
+    return Prediction(
+        card=card,
+        values=given,
+        phases={phase: {**stays, **parts, "context and libraries": overhead} for phase, parts in used.items()},
+        seconds=seconds,
+        seconds_per_step=denoise_s,
+        host_bytes=_host_bytes(models, given, swapped),
+        copy_rate_needed=needed,
+    )
+
+
+def _count(swap: Any, models: Models) -> int:
+    """Blocks that are swapped; "auto" can swap all."""
+    return int(swap) if swap != "auto" else models.transformer.num_blocks
+
+
+def _on_card(net: Transformer, swapped: int, prefetched: int) -> int:
+    """Bytes of an expert on the card: what stays, and the places swapped blocks take turns in."""
+    return net.num_bytes - (swapped - min(swapped, 1 + prefetched)) * net.block_bytes
+
+
+def _staying(models: Models, given: Mapping[str, Any], dit_bytes: int) -> dict[str, int]:
+    """Networks that are on the card in every stage, whether it needs them or not."""
+    stays = {} if given["vae_cpu"] else {"VAE": models.vae.num_bytes}
+    if not given["offload_model"]:
+        stays["transformer"] = dit_bytes
+        if models.experts > 1:
+            stays["other experts"] = (models.experts - 1) * dit_bytes
+        stays["image encoder"] = models.clip_bytes
+        stays["text encoder"] = _text_on_card(models.text, given)
+    return {name: size for name, size in stays.items() if size}
+
+
+def _text_on_card(net: TextEncoder, given: Mapping[str, Any]) -> int:
+    if given["t5_cpu"]:
+        return 0
+    return LAYERS_AT_ONCE * net.layer_bytes if given["stream_t5"] else net.num_bytes
+
+
+def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
+    net, away = models.transformer, bool(given["offload_model"])
+    dits = models.experts * (net.num_bytes if away else swapped * net.block_bytes)
+    text = models.text.num_bytes if away or given["t5_cpu"] or given["stream_t5"] else 0
+    return dits + text + (models.clip_bytes if away else 0) + (models.vae.num_bytes if given["vae_cpu"] else 0)
+
+
+def _copied(models: Models, given: Mapping[str, Any]) -> int:
+    """Bytes that cross the bus once a video: networks that are brought when needed."""
+    vae = 2 * models.vae.num_bytes if given["vae_cpu"] else 0
+    if not given["offload_model"]:
+        return vae
+    text = 0 if given["t5_cpu"] or given["stream_t5"] else models.text.num_bytes
+    swapped = min(_count(given["block_swap"], models), models.transformer.num_blocks)
+    dits = models.experts * (models.transformer.num_bytes - swapped * models.transformer.block_bytes)
+    return vae + text + models.clip_bytes + dits
+
+
+def _denoise_seconds(
+    models: Models, video: Video, card: Card, given: Mapping[str, Any], swapped: int
+) -> tuple[float, float]:
+    """(seconds of a step, of one pass over the blocks' computation); swapped blocks are spread among the others."""
+    batch = 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
+    net, tokens = models.transformer, video.tokens(models)
+    computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
+    copied = swapped * net.block_bytes / card.copy_rate
+    busy = computed * (1 + SWAP_SHARE * swapped / net.num_blocks)
+    return max(busy, copied) * math.ceil(video.forwards / batch), computed
+
+
+_forward_seconds = lru_cache(lambda net, tokens, card, batch, compiled: forward_seconds(
+    net, tokens, card, batch=batch, compiled=compiled
+))  # fmt: skip
+
+
+def _text_seconds(net: TextEncoder, video: Video, card: Card, given: Mapping[str, Any]) -> float:
+    flops = text_flops(net, 512)
+    if given["t5_cpu"]:
+        return video.texts * flops / CPU_FLOPS
+    each = max(flops / (GEMM * card.bf16), net.num_bytes / (HBM * card.hbm))
+    streamed = net.num_layers * net.layer_bytes / card.copy_rate if given["stream_t5"] else 0.0
+    return video.texts * max(each, streamed)
+
+
+def _tile(given: Mapping[str, Any]) -> tuple[int, int] | None:
+    return (given["vae_tile"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
+
+
+@lru_cache(maxsize=256)
+def _decode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None) -> tuple[int, float]:
+    """(bytes, seconds) of decoding: in tiles, what each remembers waits in RAM and crosses the bus every chunk."""
+    frames, rows, columns = video.latent(net)
+    chunk = max(1, min(frames, DECODE_PIXELS // (rows * columns)))
+    whole = list(decoder(net, frames, rows, columns))
+    seconds = vae_seconds(net, whole, frames, rows * columns, card)
+    if tile is None or max(rows, columns) <= tile[0]:
+        return vae_bytes(net, whole, chunk, LIVE_TENSORS), seconds
+    (down, height), (across, width) = (_cut(side, *tile) for side in (rows, columns))
+    part = list(decoder(net, frames, height, width))
+    tiles, pixels = down * across, video.width * video.height
+    parked = sum(conv.kept for conv in part) * net.element_size
+    # The bottleneck sees whole frames; the assembled ones are float32.
+    bottleneck = 8 * net.element_size * net.decoder_dim * net.dim_mult[-1] * rows * columns
+    again = tiles * height * width / (rows * columns)
+    seconds = seconds * again + 2 * tiles * parked * math.ceil(frames / chunk) / PAGEABLE
+    return vae_bytes(net, part, chunk, LIVE_TENSORS) + bottleneck + 12 * pixels * chunk * net.stride[0], seconds
+
+
+def _cut(length: int, tile: int, overlap: int) -> tuple[int, int]:
+    """(number, length) of the tiles that cover `length`."""
+    if length <= tile:
+        return 1, length
+    count = -(-(length - overlap) // (tile - overlap))
+    return count, -(-(length + (count - 1) * overlap) // count)
+
+
+@lru_cache(maxsize=256)
+def _encode(net: VAE, video: Video, card: Card) -> tuple[int, float]:
+    frames, rows, columns = video.latent(net)
+    convs = list(encoder(net, video.frames, video.height, video.width))
+    live = LIVE_TENSORS_GROUPED if net.grouped else LIVE_TENSORS_ENCODED
+    return vae_bytes(net, convs, 1, live), vae_seconds(net, convs, frames, rows * columns, card)
