@@ -34,22 +34,30 @@ UPSTREAM: Settings = {
     "compile_mode": "default", "lora": None, "use_batched_cfg": False, "offload_model": None, "t5_cpu": False,
     "vae_cpu": False, "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
-    "cache_table": None,
+    "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
+    "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
+    "apg_limit": 55.0, "apg_parallel": 0.0, "guidance_rescale": 0.0, "nag_scale": 0.0, "nag_tau": 2.5,
+    "nag_alpha": 0.25, "skip_layers": None, "skip_layers_interval": "0.1-1", "enhance_video": 0.0,
+    "enhance_video_interval": "0-1",
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
 
 DATA = Path(__file__).parents[1] / "data"
-FILES = {"lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json")}
-"""For options that name a file, one that fits the tiny checkpoint."""
-NEEDS = {"cache": {"cache_table": FILES["cache_table"]}}
+EXAMPLES = {
+    "lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json"),
+    "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
+    "skip_layers": "1", "enhance_video": 2.0,
+}  # fmt: skip
+"""For options whose values cannot be listed, one that fits the tiny checkpoint."""
+NEEDS = {"cache": {"cache_table": EXAMPLES["cache_table"]}}
 """What a switch cannot do without on a checkpoint that nobody has measured."""
 
 
 def values(o: Option) -> list[Any]:
     """Values of `o` other than its default."""
-    if o.name in FILES:
-        return [FILES[o.name]]
+    if o.name in EXAMPLES:
+        return [EXAMPLES[o.name]]
     found = o.choices or ((True, False) if o.is_switch else ())
     return [value for value in found if value != o.default]
 

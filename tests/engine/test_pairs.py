@@ -17,6 +17,13 @@ from wan.engine.options import options_of
 from wan.engine.plan import Optimization, Plan, switch_flag
 
 DATA = Path(__file__).parents[1] / "data"
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "lora": {"lora": str(DATA / "lora-tiny.safetensors")},
+    "cache": {"cache": "mag", "cache_table": str(DATA / "cache-tiny.json")},
+    "cfg_interval": {"cfg_interval": "0-0.5"},
+    "skip_layers": {"skip_layers": "1"},
+}
+"""What to ask for where the switch's value is not just on."""
 PAIRS = list(combinations(registry(), 2))
 SIZE: dict[str, Any] = {"size": (32, 32), "frame_num": 1, "sampling_steps": 2, "seed": 1, "offload_model": None}
 
@@ -24,10 +31,8 @@ SIZE: dict[str, Any] = {"size": (32, 32), "frame_num": 1, "sampling_steps": 2, "
 def switched_on(cls: type[Optimization]) -> dict[str, Any]:
     """The first value of the class's switch that is not its default."""
     switch = options_of(cls)[0]
-    if switch.name == "lora":
-        return {"lora": str(DATA / "lora-tiny.safetensors")}
-    if switch.name == "cache":
-        return {"cache": "mag", "cache_table": str(DATA / "cache-tiny.json")}
+    if switch.name in EXAMPLES:
+        return EXAMPLES[switch.name]
     candidates = switch.choices or ((True, False) if switch.is_switch else (1,))
     return {switch.name: next(value for value in candidates if value != switch.default)}
 

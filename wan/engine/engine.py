@@ -20,8 +20,9 @@ from wan.engine.hardware import Hardware
 from wan.engine.monitor import Silent
 from wan.engine.placement import Placement, Policy
 from wan.engine.plan import Plan
-from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, TrunkWrapper
-from wan.engine.types import Component, Embeddings, Progress, Step, Tiling
+from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, SegmentWrapper, TrunkWrapper
+from wan.engine.sampling.guidance import Post
+from wan.engine.types import Coefficients, Component, Embeddings, Progress, Step, Tiling
 from wan.engine.weights.stream import load_into
 
 __all__ = ["Engine", "Job", "build_engine", "main_dtype"]
@@ -61,6 +62,10 @@ class Engine:
         """Wrap the denoiser in every segment of the coming run; the wrapper's state dies with the segment."""
         self._hooks.denoiser_wrappers.append(factory)
 
+    def wrap_segment(self, wrapper: SegmentWrapper) -> None:
+        """Enter `wrapper(dit, denoising)` round every segment of the coming run, for what acts on blocks' own seams."""
+        self._hooks.segment_wrappers.append(wrapper)
+
     def expect_forwards(self, expectation: Expectation) -> None:
         """Say by how much the count of forwards may differ from one a branch and step in the coming run."""
         self._hooks.expectations.append(expectation)
@@ -72,6 +77,14 @@ class Engine:
     def weigh_steps(self, share: Callable[[Step], float]) -> None:
         """Say which share of a step's forwards is run in the coming run, so that the time left can be told."""
         self._hooks.shares.append(share)
+
+    def wrap_coefficients(self, wrap: Callable[[Coefficients], Coefficients]) -> None:
+        """Change how much of each guidance branch goes into a step of the coming run."""
+        self._hooks.coefficients.append(wrap)
+
+    def add_post(self, post: Post) -> None:
+        """Change the guided velocity in the coming run, after those that were added before."""
+        self._hooks.posts.append(post)
 
     def set_tiling(self, tiling: Tiling | None) -> None:
         """Decode the coming run in tiles, None for whole frames."""

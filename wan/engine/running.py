@@ -7,7 +7,7 @@ and not once for a video.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -19,12 +19,13 @@ from wan.engine.accounting import Expectation, Forwards, Report, Trunk, planned_
 from wan.engine.decoding import Decode
 from wan.engine.monitor import Monitor
 from wan.engine.sampling.denoiser import Sequential
-from wan.engine.sampling.guidance import Guidance
+from wan.engine.sampling.guidance import Guidance, Post
 from wan.engine.sampling.loop import sample
 from wan.engine.sampling.noise import first_latents
 from wan.engine.sampling.schedule import segments
 from wan.engine.sampling.solvers import make_solver
 from wan.engine.types import (
+    Coefficients,
     Denoiser,
     Denoising,
     Encoders,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 TrunkWrapper = Callable[[Trunk, nn.Module, Segment], Trunk]
 DenoiserWrapper = Callable[[Denoiser, nn.Module, Segment], Denoiser]
+SegmentWrapper = Callable[[nn.Module, Denoising], AbstractContextManager[None]]
 Observer = Callable[[Step, Tensor], None]
 
 
@@ -74,6 +76,9 @@ class Hooks:
     expectations: list[Expectation] = field(default_factory=list)
     resumable: list[Callable[[Step], bool]] = field(default_factory=list)
     shares: list[Callable[[Step], float]] = field(default_factory=list)
+    coefficients: list[Callable[[Coefficients], Coefficients]] = field(default_factory=list)
+    posts: list[Post] = field(default_factory=list)
+    segment_wrappers: list[SegmentWrapper] = field(default_factory=list)
     tiling: Tiling | None = None
 
     def share(self, step: Step) -> float:
@@ -170,10 +175,16 @@ class GroupRun:
         )  # fmt: skip
         if keeper:
             keeper.restore(run)
-        coefficients = job.family.coefficients(request, job.config)
-        each.forwards = Forwards(planned_forwards(steps[run.done :], coefficients, self.hooks.expectations))
+        planned = planned_forwards(steps[run.done :], self._coefficients(job), self.hooks.expectations)
+        each.forwards = Forwards(planned)
         job.report.forwards.append(each.forwards)
         each.run = run
+
+    def _coefficients(self, job: Job) -> Coefficients:
+        coefficients = job.family.coefficients(job.request, job.config)
+        for wrap in self.hooks.coefficients:
+            coefficients = wrap(coefficients)
+        return coefficients
 
     def _denoise_expert(self, waiting: Sequence[_Ongoing]) -> None:
         """All that the expert of the first job's next step has to do, in one stay for every job that waits for it."""
@@ -195,11 +206,11 @@ class GroupRun:
                 job.keeper.stepped(run, all(before(step) for before in self.hooks.resumable for step in ahead))
 
         dit = stay.enter_context(self.engine.use(segment.expert))
-        with self._seams(dit, segment, forwards) as denoiser:
+        with self._seams(dit, run, segment, forwards) as denoiser:
             job.progress.stage("denoise", f"{len(segment.steps) - segment.start} steps with {segment.expert}")
             job.report.kernels[segment.expert] = self.engine.kernels.get(segment.expert, "sdpa")
             monitor.start(run.latents)
-            predict = Guidance(denoiser, run.branches, job.family.coefficients(run.request, job.config))
+            predict = Guidance(denoiser, run.branches, self._coefficients(job), self.hooks.posts)
             observe: tuple[Observer, ...] = (monitor, record, *job.observe)
             steps = segment.steps[segment.start :]
             run.latents = sample(predict, run.solver, run.latents, steps, run.shot.known, observe)
@@ -223,7 +234,7 @@ class GroupRun:
         return self._next_shot(each)
 
     @contextmanager
-    def _seams(self, dit: nn.Module, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:
+    def _seams(self, dit: nn.Module, run: Denoising, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:
         """The denoiser of one segment, with the trunk and the denoiser wrapped as the plan asked."""
         trunk = cast("Trunk", dit.trunk)
         wrapped = forwards.counting(trunk)
@@ -234,7 +245,10 @@ class GroupRun:
             denoiser = wrap_denoiser(denoiser, dit, segment)
         dit.trunk = wrapped  # type: ignore[assignment]
         try:
-            yield denoiser
+            with ExitStack() as inside:
+                for wrap_segment in self.hooks.segment_wrappers:
+                    inside.enter_context(wrap_segment(dit, run))
+                yield denoiser
         finally:
             dit.trunk = trunk  # type: ignore[assignment]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from wan.engine.optimizations.attention import Attention
+from wan.engine.optimizations.attention_guidance import NAG, EnhanceVideo, SkipLayers
 from wan.engine.optimizations.batched_cfg import BatchedCFG
 from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.dtype import Precision
+from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.step_cache import StepCache
@@ -16,8 +18,9 @@ from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "Compile", "LoRA", "Offload", "Precision", "StepCache",
-    "VAETiling", "registry",
+    "APG", "NAG", "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "CFGInterval", "CFGZeroStar", "Compile",
+    "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "Offload", "Precision", "SkipLayers", "StepCache", "VAETiling",
+    "registry",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ Sigma is the noise level, 1 (pure noise) to 0; the network is told t = 1000 sigm
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -14,6 +15,8 @@ import torch
 
 from wan.engine.errors import BadRequest
 from wan.engine.types import Segment, Step
+
+_SPAN = re.compile(r"(\d*\.?\d+)-(\d*\.?\d+)")
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,11 @@ def segments(steps: Sequence[Step], done: int = 0) -> list[Segment]:
         if start < len(run):
             found.append(Segment(expert, run, phase, start))
     return found
+
+
+def span(flag: str, text: str | None) -> tuple[float, float]:
+    """(from, to) of "0.1-0.8". Raises BadRequest."""
+    found = _SPAN.fullmatch(text or "0-1")
+    if found is None or not 0 <= float(found[1]) < float(found[2]) <= 1:
+        raise BadRequest(f"{flag} {text!r} is not a share of the steps: give FROM-TO within 0 and 1, as 0.1-0.8")
+    return float(found[1]), float(found[2])
