@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let the peak begin at what is in use now. Of RAM only Linux can forget its peak."""
+    """Let the peaks begin at what is in use now. Of RAM only Linux can forget its peak."""
     if device.type == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
+    if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a locked-down container: the peak is then one since the start
             Path("/proc/self/clear_refs").write_text("5")
 
@@ -28,6 +28,11 @@ def peak_bytes(device: torch.device) -> int | None:
         import torch
 
         return int(torch.cuda.max_memory_allocated(device))
+    return host_peak_bytes()
+
+
+def host_peak_bytes() -> int | None:
+    """The same of RAM, whatever the device."""
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text().split()
         if "VmHWM:" in status:  # unlike what getrusage tells, `reset_peak` resets it
@@ -37,3 +42,14 @@ def peak_bytes(device: torch.device) -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peaks(device: torch.device) -> dict[str, int]:
+    """Every peak that is known here by name: `host` resident; on a GPU `allocated` and `reserved` too."""
+    found = {} if (host := host_peak_bytes()) is None else {"host": host}
+    if device.type == "cuda":
+        import torch
+
+        found["allocated"] = int(torch.cuda.max_memory_allocated(device))
+        found["reserved"] = int(torch.cuda.max_memory_reserved(device))
+    return found

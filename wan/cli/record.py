@@ -40,11 +40,13 @@ __all__ = [
     "build",
     "changed_weights",
     "complete",
+    "device",
     "differences",
     "peak_bytes",
     "read",
     "require_same_start",
     "sidecar_path",
+    "versions",
     "write_sidecar",
 ]
 
@@ -63,8 +65,8 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "flags": _flags(args, job),
         "preset": args.preset,
         "plan": job.plan.values(),
-        "versions": _versions(),
-        "device": _device(job.hardware),
+        "versions": versions(),
+        "device": device(job.hardware),
         "weights": _weights(job.wanted) | fingerprints.of_parts(_loras(job).items()),
         "inputs": {} if job.wanted.inputs is None else fingerprints.of_parts(job.wanted.inputs.files.items()),
         "output": {"path": os.path.abspath(job.output.path), "fps": job.output.fps, "crf": job.output.crf},
@@ -190,7 +192,8 @@ def _absolute(path: str | Path) -> str:
     return os.path.abspath(Path(path).expanduser())
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
+    """Of what may change a bit of the frames."""
     import torch
 
     cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
@@ -204,15 +207,16 @@ def _versions() -> dict[str, Any]:
     return {name: str(version) for name, version in found.items() if version is not None}
 
 
-def _device(hardware: Hardware) -> dict[str, Any]:
+def device(hardware: Hardware) -> dict[str, Any]:
+    """The machine that computes."""
     import torch
 
-    device: dict[str, Any] = {"type": hardware.device.type, "name": hardware.name}
+    found: dict[str, Any] = {"type": hardware.device.type, "name": hardware.name}
     if hardware.is_cuda:
-        device |= {"sm": list(hardware.sm), "memory_bytes": hardware.total_memory}
+        found |= {"sm": list(hardware.sm), "memory_bytes": hardware.total_memory}
     else:
-        device["instructions"] = torch.backends.cpu.get_cpu_capability()
-    return device | {"processes": hardware.world_size, "system": f"{platform.system()} {platform.machine()}"}
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+    return found | {"processes": hardware.world_size, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def _weights(wanted: Wanted) -> dict[str, dict[str, str]]:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wan.cli.trial import Clock, Trial
+from wan.cli.benchmarking.trial import Clock, Trial
 from wan.components import Checkpoint
 from wan.engine.sampling.schedule import SPACINGS, shifted
 from wan.engine.types import Component
 from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae
 from wan.layouts.library import text_encoder_config, transformer_config, vae_config
 from wan.pipeline import scale_pair
+from wan.video import to_pixels
 
 if TYPE_CHECKING:
     from wan.cli.request import Wanted
@@ -28,15 +29,20 @@ FLOAT32_MODULES = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm
 
 
 class Rival:
-    """A loaded `WanPipeline` behind the benchmark's interface."""
+    """A loaded `WanPipeline` behind the benchmark's interface. `compiled` is diffusers' own way to compile blocks."""
 
-    plan = "WanPipeline as it comes"
+    frames: Tensor
 
-    def __init__(self, wanted: Wanted, config: Any, clock: Clock) -> None:
-        self.wanted, self.config, self.clock = wanted, config, clock
+    def __init__(self, wanted: Wanted, config: Any, clock: Clock, noise: Tensor | None, *, compiled: bool) -> None:
+        self.wanted, self.config, self.clock, self.noise = wanted, config, clock, noise
+        self.plan = "WanPipeline with compile_repeated_blocks" if compiled else "WanPipeline as it comes"
         self.pipe = build_pipeline(wanted, config, clock)
+        if compiled:
+            for model in filter(None, (self.pipe.transformer, self.pipe.transformer_2)):
+                model.compile_repeated_blocks(fullgraph=True)
 
-    def run(self) -> Trial:
+    def run(self, watch: bool) -> Trial:
+        """`watch` shows nothing here."""
         wanted, config = self.wanted, self.config
         low, high = scale_pair(wanted.guide_scale)
         time_stride, row_stride, column_stride = config.vae_stride
@@ -52,9 +58,9 @@ class Rival:
 
         self.clock.start()
         generator = torch.Generator().manual_seed(wanted.seed)
-        noise = torch.randn(shape, generator=generator)[None].to(self.clock.device)
+        noise = torch.randn(shape, generator=generator)[None] if self.noise is None else self.noise
         with torch.inference_mode():
-            self.pipe(
+            made = self.pipe(
                 prompt=wanted.prompt,
                 negative_prompt=wanted.n_prompt or config.sample_neg_prompt,
                 height=wanted.height,
@@ -63,12 +69,14 @@ class Rival:
                 num_inference_steps=wanted.steps,
                 guidance_scale=high,
                 guidance_scale_2=low if "boundary" in config else None,
-                latents=noise,
+                latents=noise.to(self.clock.device),
                 output_type="pt",
                 callback_on_step_end=on_step,
                 max_sequence_length=config.text_len,
             )
-        return self.clock.stop(finished[-1])
+        trial = self.clock.stop(finished[-1])
+        self.frames = to_pixels(made.frames[0].movedim(1, 0) * 2 - 1).cpu()
+        return trial
 
 
 def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
