@@ -28,7 +28,7 @@ def make_trial(seconds: float, *, level: float = 1.0, seen: Seen | None = None) 
 
 
 class Scripted:
-    """Says `Ready`, then a trial for every order; a WanError in `says` is said in the place of a run and is the last."""
+    """Says `Ready`, then a trial for every order; a WanError in `says` is said in place of a run."""
 
     def __init__(self, name: str, says: Sequence[float | WanError], log: list[str]) -> None:
         self.name, self.says, self.log = name, list(says), log

@@ -135,7 +135,7 @@ def test_resume_runs_only_what_is_not_written(
 
 def test_without_a_matrix_a_failure_is_the_exit_status(scripted: Any, tmp_path: Path) -> None:
     start, _ = scripted(baseline=[1.0, 1.0], optimized=[GenerationFailed("it broke")])
-    words = "--task t2v-1.3B --load_format dummy --size 480p --num_runs 1 --output_dir".split()
+    words = ["--task", "t2v-1.3B", "--load_format", "dummy", "--size", "480p", "--num_runs", "1", "--output_dir"]
     with pytest.raises(GenerationFailed, match="optimized: it broke"):
         go([*words, str(tmp_path)], start)
 

@@ -78,6 +78,8 @@ class Rival:
         self.frames = to_pixels(made.frames[0].movedim(1, 0) * 2 - 1).cpu()
         return trial
 
+    def close(self) -> None: ...
+
 
 def build_pipeline(wanted: Wanted, config: Any, clock: Clock) -> Any:
     """The pipeline with all networks on the clock's device."""

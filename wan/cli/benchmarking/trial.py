@@ -104,6 +104,8 @@ class Runner(Protocol):
 
     def run(self, watch: bool) -> Trial: ...
 
+    def close(self) -> None: ...
+
 
 class Clock:
     """A `Progress` that divides a run into stages; on a GPU it makes nothing wait until the run is over."""

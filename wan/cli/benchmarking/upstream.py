@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,20 @@ class Upstream:
             [sys.executable, driver, str(folder.resolve()), str(asked)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
         )  # fmt: skip
-        self._answer()
+        try:
+            self._answer()
+        except GenerationFailed:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """The clone's process leaves when nothing can be asked any more."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        self._process.wait()
+        self._scratch.cleanup()
 
     def run(self, watch: bool) -> Trial:
         """Every run is watched: the hooks see what passes between stages and cost nothing."""

@@ -94,7 +94,7 @@ class Watch:
 
 @contextmanager
 def _counting(dit: nn.Module) -> Iterator[Callable[[], int]]:
-    """Counts FLOP: attention at its seams, as PyTorch does not know kernels from elsewhere; the rest where it computes."""
+    """Counts FLOP: attention at its seams, as PyTorch knows no kernels from elsewhere; the rest where it computes."""
     attention = 0
     seams = [(m, name, value) for m in dit.modules() for name, value in vars(m).items() if name.startswith("attend")]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,8 @@ class Ours:
         self.frames = to_pixels(video).cpu()
         return replace(trial, seen=_arrays(seen)) if watch else trial
 
+    def close(self) -> None: ...
+
     def _generate(self, **extras: Any) -> torch.Tensor:
         wanted = self.wanted
         inputs, arguments = wanted.inputs, dict(wanted.arguments)
@@ -125,13 +128,14 @@ def _serve(connection: Connection, variant: Variant, words: Sequence[str], setti
         torch.set_num_threads(setting.threads)
     runner, ready, device = build(variant, words, setting)
     connection.send(ready)
-    while (order := connection.recv()) is not None:
-        assert isinstance(order, Order)
-        with Sampler(device) as sampler:
-            trial = runner.run(order.watch)
-        if order.keep is not None:
-            np.save(order.keep, runner.frames.numpy())
-        connection.send(replace(trial, readings=sampler.readings(), missing=sampler.missing))
+    with closing(runner):
+        while (order := connection.recv()) is not None:
+            assert isinstance(order, Order)
+            with Sampler(device) as sampler:
+                trial = runner.run(order.watch)
+            if order.keep is not None:
+                np.save(order.keep, runner.frames.numpy())
+            connection.send(replace(trial, readings=sampler.readings(), missing=sampler.missing))
 
 
 def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Runner, Ready, torch.device]:
