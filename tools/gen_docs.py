@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "cli")]
 import fault_table  # noqa: E402 (what is promised and tested)
 
 from wan.cli import args as cli  # noqa: E402
-from wan.cli import naming  # noqa: E402
+from wan.cli import benchmark, naming  # noqa: E402
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402
 from wan.engine.optimizations import registry  # noqa: E402
 from wan.engine.options import Option, options_of  # noqa: E402
@@ -152,6 +152,9 @@ def cli_page() -> str:
     lines += ["They accept their default and refuse another value in one line.", ""]
     rows = [[f"`--{flag.name}`", spelled(flag.default), flag.help, flag.missing] for flag in cli.unavailable(known)]
     lines += table(("flag", "default", "meaning", "waits for"), rows)
+    lines += ["", "## benchmark_t2v.py", "", "All of the above, and ([how to measure](benchmarks/README.md)):", ""]
+    actions = [action for action in benchmark.build_parser()._actions if action.dest != "help"]
+    lines += table(("flag", "meaning"), [[f"`{action.option_strings[0]}`", action.help or ""] for action in actions])
     return "\n".join(lines) + "\n"
 
 

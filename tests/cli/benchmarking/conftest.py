@@ -47,8 +47,10 @@ class Scripted:
             self.answers.append(word)
             return
         if order.keep is not None:
-            np.save(order.keep, np.full((3, 16, 16, 3), 100 + len(self.name), np.uint8))
-        seen = Seen(flop=10**9, parts={"ffn": 0.1}) if order.watch else None
+            np.save(order.keep, np.full((3, 16, 16, 3), 108, np.uint8))
+        texts = {"cond": np.ones((2, 3)), "uncond": np.ones((1, 3))}
+        velocity = np.full((1, 2, 2, 2, 2), 1.0 if self.name == "baseline" else 1.25)
+        seen = Seen(flop=10**9, parts={"ffn": 0.1}, texts=texts, velocity=velocity) if order.watch else None
         self.answers.append(make_trial(word, seen=seen))
 
     def recv(self) -> Any:

@@ -140,6 +140,23 @@ def test_without_a_matrix_a_failure_is_the_exit_status(scripted: Any, tmp_path: 
         go([*words, str(tmp_path)], start)
 
 
+def test_the_original_code_is_a_row_and_its_stages_are_told(
+    scripted: Any, tiny_checkpoint: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """A velocity of 1 against 1.25 is off by a fifth of theirs; texts, latents and frames are equal."""
+    (tmp_path / "clone" / "wan").mkdir(parents=True)
+    (tmp_path / "clone" / "wan" / "__init__.py").touch()
+    start, log = scripted(baseline=[1.0, 1.0], upstream=[2.0, 2.0])
+    words = f"--task t2v-A14B --ckpt_dir {tiny_checkpoint} --size 64x48 --any_size --frame_num 5 --mode baseline"
+    assert go([*words.split(), "--num_runs", "1", "--upstream", str(tmp_path / "clone")], start) == 0
+    assert log == ["baseline", "upstream"] * 2
+    out = capsys.readouterr().out
+    assert "upstream, text, cond: 0.0e+00 relative" in out
+    assert "upstream, first velocity: 2.0e-01 relative, at most 2.50e-01 from baseline" in out
+    assert "upstream, frames, of 255: 0.0e+00 relative" in out
+    assert "baseline is 2.00x as fast as upstream" in out
+
+
 def test_blocked_variants_run_one_after_the_other(scripted: Any) -> None:
     start, log = scripted(baseline=[1.0, 1.0], optimized=[1.0, 1.0])
     words = "--task t2v-1.3B --load_format dummy --size 480p --num_runs 2 --warmup 0 --blocked"

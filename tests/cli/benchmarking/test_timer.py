@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from wan.cli.benchmarking.power import Sampler
 from wan.cli.benchmarking.timer import Instant, OnDevice, timer
 from wan.cli.benchmarking.trial import Clock
 
@@ -58,13 +63,13 @@ def test_device_marks_wait_for_nothing_until_they_are_read() -> None:
 
 def test_the_sampler_reads_the_card_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that answers: medians of power and clock in the units of the columns, the most memory in use."""
-    import sys
-    from types import SimpleNamespace
-
-    from wan.cli.benchmarking.power import Sampler
-
     asked: list[str] = []
-    memory = iter([2**30, 3 * 2**30, 2**30, *[0] * 100])
+    used, three = [2**30, 3 * 2**30, 2**30], threading.Event()
+
+    def memory(handle: str) -> SimpleNamespace:
+        if len(used) == 1:
+            three.set()
+        return SimpleNamespace(used=used.pop(0) if used else 0)
 
     class NVMLError(Exception):
         pass
@@ -74,21 +79,18 @@ def test_the_sampler_reads_the_card_that_computes(monkeypatch: pytest.MonkeyPatc
         nvmlDeviceGetHandleByUUID=lambda name: asked.append(name) or name,
         nvmlDeviceGetPowerUsage=lambda handle: 350_000, nvmlDeviceGetClockInfo=lambda handle, kind: 1980,
         nvmlDeviceGetTemperature=lambda handle, kind: 61,
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=next(memory)),
+        nvmlDeviceGetMemoryInfo=memory,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     monkeypatch.setattr("wan.cli.benchmarking.power.INTERVAL_S", 0.01)
     with Sampler(torch.device("cuda")) as sampler:
-        while len(sampler._samples) < 3:
-            pass
+        assert three.wait(10)
     assert asked == ["GPU-1234"]
     assert sampler.readings() == {"power_w": 350.0, "clock_mhz": 1980.0, "temperature_c": 61.0, "nvml_gib": 3.0}
 
 
 def test_without_a_card_the_reason_is_told() -> None:
-    from wan.cli.benchmarking.power import Sampler
-
     with Sampler(torch.device("cpu")) as sampler:
         pass
     assert sampler.readings() == {} and "CUDA" in sampler.missing
@@ -97,8 +99,6 @@ def test_without_a_card_the_reason_is_told() -> None:
 @pytest.mark.gpu
 def test_events_agree_with_the_host_clock_on_a_card() -> None:
     """A second of matrix products, by the card's events and by a host that waits."""
-    import time
-
     device = torch.device("cuda")
     matrix: Any = torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()

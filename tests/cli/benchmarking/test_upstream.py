@@ -142,6 +142,7 @@ def test_differences_are_told_stage_by_stage() -> None:
     assert told["text, cond"] == told["text, uncond"] == told["final latents"] == (0.0, 0.0)
     assert told["first velocity"] == (pytest.approx(0.01), pytest.approx(0.04))
     assert told["frames, of 255"] == (2.0, 2.0)
+    assert list(stage_differences(ours, theirs, (frames, frames[:, :1])))[-1] == ("frames, of 255", None, None)
 
 
 def test_a_clone_that_breaks_fails_its_row(clone: Path, wanted: Wanted, capfd: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from wan.cli.benchmarking.rows import Row
 from wan.cli.benchmarking.told import COLUMNS, cell, ratios, stage_lines
 
+TOLD = ("command", "commit", "torch", "date")
 STAGES = {
     "text_s": ("text and inputs", "#8a6fb0"),
     "denoise_s": ("denoise", "#3f7fbf"),
@@ -23,6 +24,11 @@ MORE = {
     "copy_gb_s": "copy GB/s",
     "frames_max": "frames differ, most", "frames_mean": "on average", "lpips": "LPIPS", "reads_as": "judge reads",
 }  # fmt: skip
+SECONDS = {
+    "components": "seconds by network",
+    "steps_s": "seconds of a step, after the first",
+    "parts": "seconds of one forward by part (a run that is not timed)",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
@@ -41,8 +47,10 @@ def page(head: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
-        *(f"<p class=small>{escape(str(name))}: <code>{escape(str(value))}</code></p>" for name, value in head.items()),
+        *(f"<p class=small>{name}: <code>{escape(str(head.get(name)))}</code></p>" for name in TOLD),
     ]
+    if len({row["key"] for row in rows}) > 1:
+        parts.append(_bars([row for row in rows if row["status"] == "ok"]))
     for _, group in groupby(rows, key=lambda row: row["key"]):
         parts += _cell(list(group), folder)
     return "\n".join([*parts, "</body></html>\n"])
@@ -56,7 +64,7 @@ def _cell(rows: Sequence[Row], folder: Path) -> list[str]:
     )
     parts = [f"<h2>{escape(what)}</h2>", f"<p class=small>{repeated}; noise: {escape(first['noise'])}</p>"]
     parts += [_table(rows, COLUMNS), _bars(done), *(f"<p>{escape(line)}</p>" for line in ratios(done))]
-    parts += [_table(done, {"variant": "variant", **MORE}), _seconds(done, "components"), _seconds(done, "parts")]
+    parts += [_table(done, {"variant": "variant", **MORE}), *(_seconds(done, kind) for kind in SECONDS)]
     for row in done:
         plan = f"{row['variant']}: {row['plan']}; {row['versions']}; {row['hardware']}"
         parts.append(f"<p class=small>{escape(plan)}</p>")
@@ -88,8 +96,7 @@ def _seconds(rows: Sequence[Row], kind: str) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row[kind]))
     if not names:
         return ""
-    caption = {"components": "seconds by network", "parts": "seconds of one forward by part (a run that is not timed)"}
-    lines = [f"<table><tr><th>{caption[kind]}</th>", *(f"<th>{escape(name)}</th>" for name in names), "</tr>"]
+    lines = [f"<table><tr><th>{SECONDS[kind]}</th>", *(f"<th>{escape(name)}</th>" for name in names), "</tr>"]
     for row in rows:
         values = "".join(f"<td>{cell(name, row[kind].get(name))}</td>" for name in names)
         lines.append(f"<tr><td>{escape(row['variant'])}</td>{values}</tr>")
@@ -100,11 +107,12 @@ def _bars(rows: Sequence[Row]) -> str:
     """Seconds by stage, a bar a variant, on one scale."""
     if not rows:
         return ""
-    longest, left, width, height = max(row["total_s"] for row in rows), 190, 640, 24
+    longest, left, width, height = max(row["total_s"] for row in rows), 300, 600, 24
     shapes = []
     for place, row in enumerate(rows):
         y, x = place * height, float(left)
-        shapes.append(f'<text x="0" y="{y + 16}">{escape(row["variant"])}</text>')
+        title = " ".join(filter(None, (row["cell"], row["variant"])))
+        shapes.append(f'<text x="0" y="{y + 16}">{escape(title)}</text>')
         for name, (label, colour) in STAGES.items():
             length = row[name] / longest * width
             tip = f"<title>{label}: {row[name]:.3g} s</title>"

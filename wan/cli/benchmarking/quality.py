@@ -28,14 +28,15 @@ def compare(frames: Tensor, reference: Tensor) -> tuple[dict[str, float], dict[s
     if frames.shape != reference.shape:
         why = f"{tuple(frames.shape)} frames against {tuple(reference.shape)}"
         return {}, dict.fromkeys(("frames_max", "psnr_db", "ssim", "lpips"), why)
-    # Frame by frame: a long video in floating point is gigabytes.
-    pairs = [(a.float(), b.float()) for a, b in zip(frames, reference, strict=True)]
-    squares = sum(float((a - b).square().mean(dtype=torch.float64)) for a, b in pairs) / len(pairs)
-    found = {
-        "frames_max": max(float((a - b).abs().max()) for a, b in pairs),
-        "frames_mean": sum(float((a - b).abs().mean()) for a, b in pairs) / len(pairs),
-        "ssim": sum(ssim(luma(a), luma(b)) for a, b in pairs) / len(pairs),
-    }
+    largest = means = squares = likeness = 0.0
+    for one, other in zip(frames, reference, strict=True):  # a long video in floating point is gigabytes
+        a, b = one.float(), other.float()
+        difference = (a - b).abs()
+        largest = max(largest, float(difference.max()))
+        means += float(difference.mean()) / len(frames)
+        squares += float(difference.square().mean(dtype=torch.float64)) / len(frames)
+        likeness += ssim(luma(a), luma(b)) / len(frames)
+    found = {"frames_max": largest, "frames_mean": means, "ssim": likeness}
     missing = {}
     if squares:
         found["psnr_db"] = 10 * math.log10(255**2 / squares)

@@ -11,10 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from wan.cli.benchmarking import quality
+from wan.cli.benchmarking.ceilings import Ceilings
 from wan.cli.benchmarking.power import FIELDS
 from wan.cli.benchmarking.processes import Outcome
 from wan.cli.benchmarking.trial import Ready, Trial
 from wan.cli.benchmarking.upstream import stage_differences
+from wan.cli.checkpoint import SHIPPED
 
 Row = dict[str, Any]
 
@@ -40,6 +42,7 @@ def rows_of(outcomes: Sequence[Outcome], common: Mapping[str, Any], price_per_ho
             "reason": "",
             **dict.fromkeys(MEASURES),
             "components": {},
+            "steps_s": {},
             "parts": {},
             "reference": "",
             "stages_apart": [],
@@ -48,7 +51,7 @@ def rows_of(outcomes: Sequence[Outcome], common: Mapping[str, Any], price_per_ho
         }
         rows.append(row)
         if outcome.ready is not None:
-            row |= _machine(outcome.ready)
+            row |= _machine(outcome.ready, [other.ready.ceilings for other in outcomes if other.ready is not None])
         if outcome.failure is not None:
             row |= {"status": "failed", "reason": str(outcome.failure)}
             continue
@@ -67,15 +70,17 @@ def distance(trial: Trial, reference: Trial) -> float:
     return float(np.linalg.norm(trial.latents - reference.latents) / np.linalg.norm(reference.latents))
 
 
-def _machine(ready: Ready) -> Row:
+def _machine(ready: Ready, ceilings: Sequence[Ceilings]) -> Row:
+    """The machine is measured for every variant, at a quiet moment or not: its best counts for all."""
+    dtype = ready.ceilings.dtype
     return {
         "plan": ready.plan,
         "hardware": ready.hardware,
         "versions": " ".join(f"{name} {version}" for name, version in ready.versions.items()),
         "machine": dict(ready.machine),
-        "ceiling_dtype": ready.ceilings.dtype,
-        "ceiling_tflops": round(ready.ceilings.matmul_tflops, 4),
-        "copy_gb_s": round(ready.ceilings.copy_gb_s, 2),
+        "ceiling_dtype": dtype,
+        "ceiling_tflops": round(max(each.matmul_tflops for each in ceilings if each.dtype == dtype), 4),
+        "copy_gb_s": round(max(each.copy_gb_s for each in ceilings), 2),
     }
 
 
@@ -91,6 +96,7 @@ def _speed(trials: Sequence[Trial], steps: int) -> Row:
         "step_s": stages["denoise"] / steps,
         "all_s": [round(value, 4) for value in seconds],
         "components": {name: _median(t.components.get(name, 0.0) for t in trials) for name in names},
+        "steps_s": {name: _median(t.steps[name] for t in trials) for name in trials[0].steps},
     }
 
 
@@ -123,7 +129,7 @@ def _likeness(row: Row, outcome: Outcome, outcomes: Sequence[Outcome]) -> None:
     reference = next(each for each in done if each.variant.dtype == outcome.variant.dtype)
     row["reference"] = reference.variant.name
     frames = _frames(outcome)
-    if frames is not None and row["task"] == "t2v-demo":
+    if frames is not None and row["task"] in SHIPPED:
         row["reads_as"] = quality.reads_as(torch.from_numpy(frames))
     if reference is outcome:
         return

@@ -35,7 +35,9 @@ def cell_lines(rows: Sequence[Row]) -> list[str]:
 def stage_lines(row: Row) -> list[str]:
     """How far each stage of the original code is from ours."""
     return [
-        f"{row['variant']}, {stage}: {relative:.1e} relative, at most {largest:.2e} from {row['reference']}"
+        f"{row['variant']}, {stage}: "
+        + ("another shape than" if relative is None else f"{relative:.1e} relative, at most {largest:.2e} from")
+        + f" {row['reference']}"
         for stage, relative, largest in row["stages_apart"]
     ]
 

@@ -143,8 +143,11 @@ def _seen(found: Mapping[str, Array], wanted: Wanted) -> Seen:
 
 def stage_differences(
     ours: Trial, theirs: Trial, frames: tuple[Array, Array] | None = None
-) -> Iterator[tuple[str, float, float]]:
-    """(stage, relative L2 distance, largest difference) from the texts to the frames, in the order of computation."""
+) -> Iterator[tuple[str, float | None, float | None]]:
+    """(stage, relative L2 distance, largest difference) from the texts to the frames, in the order of computation.
+
+    Both are None where the shapes differ.
+    """
     if ours.seen is not None and theirs.seen is not None:
         for branch, text in theirs.seen.texts.items():
             # Theirs ends with the last token; ours goes on in zeros.
@@ -156,8 +159,10 @@ def stage_differences(
         yield "frames, of 255", *_apart(frames[0].astype("float32"), frames[1].astype("float32"))
 
 
-def _apart(ours: Array, theirs: Array) -> tuple[float, float]:
+def _apart(ours: Array, theirs: Array) -> tuple[float | None, float | None]:
     import numpy as np
 
+    if ours.shape != theirs.shape:
+        return None, None
     difference = ours - theirs
     return float(np.linalg.norm(difference) / np.linalg.norm(theirs)), float(np.abs(difference).max())
