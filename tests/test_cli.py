@@ -439,7 +439,19 @@ def test_the_users_environment_wins() -> None:
     del os.environ["OMP_WAIT_POLICY"], os.environ["PYTORCH_CUDA_ALLOC_CONF"]
     env.prepare()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert sys.platform != "linux" or os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert sys.platform != "linux" or os.environ["PYTORCH_ALLOC_CONF"].startswith("expandable_segments:True,")
+
+
+@pytest.mark.parametrize("release", ["5.15.167.4-microsoft-standard-WSL2", "5.10.120-tegra", "6.8.0-generic"])
+def test_growing_segments_are_left_out_where_the_driver_has_none(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("platform.release", lambda: release)
+    for name in env.ALLOCATOR:
+        os.environ.pop(name, None)
+    env.prepare()
+    chosen = {name: os.environ[name] for name in env.ALLOCATOR if name in os.environ}
+    settings = "expandable_segments:True,garbage_collection_threshold:0.8"
+    assert chosen == ({"PYTORCH_ALLOC_CONF": settings} if "generic" in release else {})
 
 
 def test_torch_comes_after_the_environment_and_nothing_heavy_for_a_bad_flag(root: Path) -> None:

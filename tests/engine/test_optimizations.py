@@ -7,7 +7,9 @@ placement moves nothing, so what placements do is tested as policies here and as
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,14 @@ from wan.engine.plan import Optimization, Plan, options
 from wan.engine.types import Condition, Segment, Step, Tiling
 
 Settings = dict[str, Any]
+CPU = Hardware(device=torch.device("cpu"), name="CPU")
 Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
-    "compile_mode": "default", "lora": None, "use_batched_cfg": False, "offload_model": None, "t5_cpu": False,
-    "vae_cpu": False, "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
+    "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": None,
+    "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
+    "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
     "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
@@ -79,13 +83,26 @@ IDS = [" ".join(f"{name}={value}" for name, value in chosen.items()) for _, chos
 
 @pytest.fixture(autouse=True)
 def untouched_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compile without a C++ compiler's half minute; put back what options change for the whole process."""
+    """Compile without a C++ compiler's half minute; what options change for the whole process is put back by them."""
     monkeypatch.setattr(Compile, "backend", "eager")
-    limit = torch._dynamo.config.recompile_limit
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    before = process()
     yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-    torch._dynamo.config.recompile_limit = limit
+    assert process() == before
+
+
+def process() -> Settings:
+    """Switches of the whole process that options hold during a run."""
+    import torch._inductor.config as inductor
+
+    return {
+        "matmul": torch.backends.cuda.matmul.allow_tf32,
+        "convolution": torch.backends.cudnn.allow_tf32,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "cudnn": torch.backends.cudnn.deterministic,
+        "strict": torch.are_deterministic_algorithms_enabled(),
+        "compiler": inductor.deterministic,
+        "recompile_limit": torch._dynamo.config.recompile_limit,
+    }
 
 
 @pytest.fixture
@@ -252,17 +269,56 @@ def test_precision_decides_how_the_dit_is_stored(
     assert next(pipe.vae.model.parameters()).dtype is torch.float32
 
 
-# TF32 --------------------------------------------------------------------------------------------------------------
+# Numerics ----------------------------------------------------------------------------------------------------------
+
+REPEATABLE = {"cudnn": True, "strict": True, "compiler": True}
 
 
-@pytest.mark.parametrize(("value", "matmul", "convolution"), [(True, True, True), (False, False, False), (None, 0, 1)])
-def test_tf32_is_on_or_off_or_left_alone(
-    tiny_checkpoint: Path, tiny_config: Any, value: bool | None, matmul: bool, convolution: bool
+@pytest.mark.parametrize(
+    ("chosen", "during"),
+    [
+        ({}, {}),
+        ({"tf32": True}, {"matmul": True}),
+        ({"tf32": False}, {"convolution": False}),
+        ({"cudnn_benchmark": True}, {"benchmark": True}),
+        ({"deterministic": True}, REPEATABLE),
+        ({"deterministic": True, "tf32": True, "compile": True}, REPEATABLE | {"matmul": True, "recompile_limit": 64}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_switches_of_the_process_hold_during_a_run_only(
+    tiny_checkpoint: Path, tiny_config: Any, chosen: Settings, during: Settings, fails: bool
 ) -> None:
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
-    wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", tf32=value)
-    now = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    assert now == (matmul, convolution)
+    pipe, before, found = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **chosen), process(), []
+
+    def look(step: Step, latents: Tensor) -> None:
+        found.append(process())
+        if fails:
+            raise KeyError
+
+    with pytest.raises(KeyError) if fails else nullcontext():
+        pipe.generate(
+            "a red bird", (32, 32), 1, sampling_steps=1, seed=1, offload_model=None, guide_scale=1.0, observe=(look,)
+        )
+    assert found == [before | during]
+    assert process() == before
+
+
+def test_deterministic_refuses_what_is_chosen_by_timing_and_workspaces_that_do_not_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = Hardware(device=torch.device("cuda", 0), name="H100", sm=(9, 0), total_memory=1, free_memory=1)
+    with pytest.raises(WanError, match="--cudnn_benchmark and --deterministic do not go together"):
+        Plan.of(registry(), {"deterministic": True, "cudnn_benchmark": True}).check(CPU)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(WanError, match="--deterministic needs CUBLAS_WORKSPACE_CONFIG=:4096:8 or .* ':0:0'"):
+        Plan.of(registry(), {"deterministic": True}).check(card)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    Plan.of(registry(), {"deterministic": True}).check(CPU)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    Plan.of(registry(), {"deterministic": True}).check(card)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 # Attention ---------------------------------------------------------------------------------------------------------
@@ -318,12 +374,54 @@ def test_compile_touches_blocks_only_and_all_of_them(tiny_checkpoint: Path, tiny
     assert pipe.text_encoder.model._compiled_call_impl is None
 
 
-def test_blocks_of_both_experts_share_one_compilation_per_size(generate: Generate) -> None:
-    """Four blocks, two experts, two steps and two branches: one graph, or a new size would cost minutes."""
-    torch._dynamo.utils.counters.clear()
-    generate({"compile": True})
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 1
-    assert not torch._dynamo.utils.counters["graph_break"]
+def test_nothing_is_compiled_twice_and_two_compilations_serve_all_sizes(
+    tiny_checkpoint: Path, tiny_config: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four blocks, two experts, two branches: one graph a size at first, none for another text, seed or expert, and
+    from the second size on one for all; it is told once each time."""
+    counters, graphs = torch._dynamo.utils.counters, []
+    counters.clear()
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", compile=True)
+    shared: Settings = {"shift": 12.0, "sampling_steps": 2, "guide_scale": 4.0, "offload_model": None}
+    with caplog.at_level(logging.INFO):
+        for number, size in enumerate([(32, 32), (32, 32), (48, 32), (64, 48), (48, 64)]):
+            pipe.generate(f"{number} red birds" + " sing" * number, size, 1, seed=number, **shared)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 2, 2, 2]
+    assert not counters["graph_break"]
+    assert [line[:9] for line in caplog.messages if "compile" in line] == ["compile: "] * 2
+
+
+@pytest.mark.parametrize(("dynamic", "expected"), [(True, [1, 1, 1]), (False, [1, 2, 3])])
+def test_sizes_share_code_at_once_or_never_if_asked(
+    tiny_checkpoint: Path, tiny_config: Any, dynamic: bool, expected: list[int]
+) -> None:
+    counters, graphs = torch._dynamo.utils.counters, []
+    counters.clear()
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", compile=True, compile_dynamic=dynamic)
+    for size in [(32, 32), (48, 32), (64, 48)]:
+        pipe.generate("a red bird", size, 1, sampling_steps=1, guide_scale=1.0, seed=1, offload_model=None)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == expected
+
+
+@pytest.mark.parametrize(("entry", "origin"), [("hit", "from the cache"), ("miss", "cold")])
+def test_seconds_of_compiling_are_told_with_their_origin(
+    tiny_checkpoint: Path, tiny_config: Any, caplog: pytest.LogCaptureFixture, entry: str, origin: str
+) -> None:
+    """The compiler stands in for itself: what inductor counts when it looks into its cache is counted here."""
+
+    def looks_up(graph: Any, example_inputs: Any) -> Any:
+        torch._dynamo.utils.counters["inductor"][f"fxgraph_cache_{entry}"] += 1
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(Compile, "backend", staticmethod(looks_up))
+        pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", compile=True)
+        pipe.generate("a red bird", (32, 32), 1, sampling_steps=1, guide_scale=1.0, seed=1, offload_model=None)
+    (told,) = (line for line in caplog.messages if line.startswith("compile: "))
+    assert told.endswith(f" s {origin}")
+    assert pipe.report.compile_seconds > 0
 
 
 def test_compile_refuses_machines_it_cannot_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,4 +431,4 @@ def test_compile_refuses_machines_it_cannot_compile_for(monkeypatch: pytest.Monk
         Plan.of(registry(), {"compile": True}).check(old)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingPackage, match=r"C\+\+ compiler"):
-        Plan.of(registry(), {"compile": True}).check(Hardware(device=torch.device("cpu"), name="CPU"))
+        Plan.of(registry(), {"compile": True}).check(CPU)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import sys
 from pathlib import Path
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that set up torch's allocator of GPU memory; the first is the one torch 2.11 and newer ask for."""
 
 
 def prepare() -> None:
@@ -12,9 +16,11 @@ def prepare() -> None:
     # Threads that spin between parallel regions take the other cores from data transfers and from other programs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Networks of very different sizes enter and leave the card: without growing segments the freed blocks fragment and
-    # a run that fits dies out of memory. Torch reads either name; Windows does not support it.
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # a run that fits dies out of memory. Where the process may use a part of the card only, blocks long unused are
+    # given back before all are. Torch reads any of the names; Windows, also under WSL, and Tegra lack such segments.
+    lacking = sys.platform != "linux" or any(kind in platform.release().lower() for kind in ("microsoft", "tegra"))
+    if not lacking and not any(name in os.environ for name in ALLOCATOR):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True,garbage_collection_threshold:0.8"
 
 
 def rank() -> int:

@@ -92,6 +92,7 @@ def complete(
     if report is not None:
         result |= _experts(report) | {"forwards": _forwards(report)}
         result |= {"decode": report.decode, "attention": dict(report.kernels)}
+        result |= {"compile_s": round(report.compile_seconds, 3)} if report.compile_seconds else {}
     if peak_bytes is not None:
         where = "gpu" if record.get("device", {}).get("type") == "cuda" else "ram"
         result[f"peak_{where}_bytes"] = peak_bytes

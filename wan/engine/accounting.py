@@ -84,6 +84,8 @@ class Report:
     """One per shot that was denoised."""
     step_seconds: dict[str, list[float]] = field(default_factory=dict)
     """Per expert, the duration of each of its steps."""
+    compile_seconds: float = 0.0
+    """How much of the steps was spent compiling."""
     decode: str = ""
     """How the latents were decoded in the end: "whole", "in tiles of 32" or "on the CPU ..."."""
     kernels: dict[str, str] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -90,6 +90,10 @@ class Engine:
         """Decode the coming run in tiles, None for whole frames."""
         self._hooks.tiling = tiling
 
+    def during_run(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
+        """Hold a setting of the whole process during the coming run; leaving the context puts it back."""
+        self._hooks.settings.append(setting)
+
     def set_policy(self, name: str, policy: Policy) -> None:
         """Set how one network, or all "experts", is placed in the coming run; unknown names are ignored."""
         for each in self.expert_names if name == "experts" else (name,):
@@ -136,7 +140,9 @@ class Engine:
         returned in its place. Sinks are not closed.
         """
         self._begin(self._plan_for_call(overrides or {}))
-        with torch.inference_mode():
+        with torch.inference_mode(), ExitStack() as settings:
+            for setting in self._hooks.settings:
+                settings.enter_context(setting())
             return GroupRun(self, self._hooks, jobs).run()
 
     # Inside --------------------------------------------------------------------------------------------------------

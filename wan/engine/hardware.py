@@ -38,6 +38,15 @@ def world() -> tuple[int, int, int]:
     )  # type: ignore[return-value]
 
 
+REPEATABLE_CUBLAS = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same bits every time."""
+
+
+def fix_cublas_workspaces() -> str:
+    """CUBLAS_WORKSPACE_CONFIG, set to the first of `REPEATABLE_CUBLAS` where it is not. Read with the first product."""
+    return os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", REPEATABLE_CUBLAS[0])
+
+
 def probe(device: str | torch.device | None = None, device_id: int = 0) -> Hardware:
     """The hardware behind `device`; None picks `cuda:{device_id}` where CUDA works and the CPU elsewhere."""
     rank, world_size, _ = world()

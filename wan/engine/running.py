@@ -79,6 +79,7 @@ class Hooks:
     coefficients: list[Callable[[Coefficients], Coefficients]] = field(default_factory=list)
     posts: list[Post] = field(default_factory=list)
     segment_wrappers: list[SegmentWrapper] = field(default_factory=list)
+    settings: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
     tiling: Tiling | None = None
 
     def share(self, step: Step) -> float:

@@ -9,18 +9,18 @@ from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.dtype import Precision
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.lora import LoRA
+from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.t5_cpu import T5CPU
-from wan.engine.optimizations.tf32 import TF32
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
     "APG", "NAG", "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "CFGInterval", "CFGZeroStar", "Compile",
-    "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "Offload", "Precision", "SkipLayers", "StepCache", "VAETiling",
-    "registry",
+    "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "Offload", "Precision",
+    "SkipLayers", "StepCache", "VAETiling", "registry",
 ]  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -27,9 +29,11 @@ RECOMPILE_LIMIT = 64
 class Compile(Optimization):
     """Compile each transformer block with torch.compile, without graph breaks.
 
-    All blocks share one compilation, so the first step takes seconds to a minute more and a new size compiles once
-    again. The reduce-overhead and max-autotune modes use CUDA graphs: for small models, where launching kernels costs
-    more than they do; offloading makes them record again. Results differ by rounding.
+    All blocks of one form share one compilation, those of two experts too, so the first step takes seconds to a minute
+    more, which is told. Another prompt or seed compiles nothing. By default the first size is compiled for itself and
+    the second for any size to come; `compile_dynamic` does the latter at once, `--no-compile_dynamic` compiles every
+    size for itself. The reduce-overhead and max-autotune modes use CUDA graphs: for small models, where launching
+    kernels costs more than they do; offloading makes them record again. Results differ by rounding.
     """
 
     order = Order.COMPILE
@@ -39,6 +43,9 @@ class Compile(Optimization):
     compile: bool = option(False, "compile the transformer blocks")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "default", "how torch.compile optimises"
+    )
+    compile_dynamic: bool | None = option(
+        None, "one code for all sizes (off: one for each size; not set: from the second size on)"
     )
 
     def check(self, hardware: Hardware) -> None:
@@ -54,12 +61,44 @@ class Compile(Optimization):
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if name not in engine.expert_names:
             return
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
         for block in module.all_blocks():  # type: ignore[operator]
-            block.compile(fullgraph=True, backend=self.backend, mode=self.compile_mode)
+            block.compile(fullgraph=True, dynamic=self.compile_dynamic, backend=self.backend, mode=self.compile_mode)
         if engine.device.type == "cuda" and self.compile_mode in ("reduce-overhead", "max-autotune"):
             module.trunk = _one_graph_step(module.trunk)  # type: ignore[assignment,arg-type]
+
+    def apply(self, engine: Engine) -> None:
+        engine.during_run(_room_for_every_form)
+        engine.wrap_trunk(lambda trunk, dit, segment: _timed(trunk, engine))
+
+
+@contextmanager
+def _room_for_every_form() -> Iterator[None]:
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=max(config.recompile_limit, RECOMPILE_LIMIT)):
+        yield
+
+
+def _timed(trunk: Callable[..., Tensor], engine: Engine) -> Callable[..., Tensor]:
+    """`trunk`, telling what it spent on compiling, where it did."""
+
+    def run(*args: Any) -> Tensor:
+        before, hits, misses = _spent()
+        tokens = trunk(*args)
+        after, hits_after, misses_after = _spent()
+        if after > before:
+            engine.report.compile_seconds += after - before
+            kept = hits_after > hits and misses_after == misses
+            logging.getLogger(__name__).info("compile: %.1f s %s", after - before, "from the cache" if kept else "cold")
+        return tokens
+
+    return run
+
+
+def _spent() -> tuple[float, int, int]:
+    """What this process has compiled so far: seconds, graphs found in the cache on the disk, graphs not found."""
+    utils = torch._dynamo.utils
+    found = utils.counters["inductor"]
+    return utils.calculate_time_spent()["total_wall_time"], found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]
 
 
 def _one_graph_step(trunk: Callable[..., Tensor]) -> Callable[..., Tensor]:
