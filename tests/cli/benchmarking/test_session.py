@@ -228,6 +228,8 @@ def test_a_bad_matrix_exits_with_2_and_names_the_key(
         ("--upstream nosuch", "wan/__init__.py"),
         ("--compare diffusers --task t2v-1.3B --load_format dummy --size 480p", "checkpoint"),
         ("--num_runs many", "--num_runs"),
+        ("--price_per_hour 0", "--price_per_hour"),
+        ("--threads 0", "--threads"),
     ],
 )
 def test_bad_words_exit_with_2_and_are_named(words: str, named: str, capsys: Any) -> None:

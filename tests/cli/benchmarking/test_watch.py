@@ -54,6 +54,14 @@ def test_looking_changes_neither_result_nor_model(dit: WanModel) -> None:
     assert not hooks
 
 
+def test_compiled_blocks_are_not_looked_into(dit: WanModel) -> None:
+    watch = Watch(torch.device("cpu"), inside=False)
+    with watch.over([dit]):
+        forward(dit)
+        forward(dit)
+    assert not watch.flop and not watch.parts and watch.texts["cond"].shape == (20, 24)
+
+
 def test_first_step_gives_the_velocity_back() -> None:
     """Float32 latents of size 1 over a step of 0.01: 1e-5 of the velocity is rounding."""
     latents, velocity = torch.randn(1, 4, 2, 4, 4), torch.randn(1, 4, 2, 4, 4)

@@ -129,7 +129,7 @@ def _likeness(row: Row, outcome: Outcome, outcomes: Sequence[Outcome]) -> None:
     reference = next(each for each in done if each.variant.dtype == outcome.variant.dtype)
     row["reference"] = reference.variant.name
     frames = _frames(outcome)
-    if frames is not None and row["task"] in SHIPPED:
+    if frames is not None and row["task"] in SHIPPED and len(frames) > 1:
         row["reads_as"] = quality.reads_as(torch.from_numpy(frames))
     if reference is outcome:
         return

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,29 +71,36 @@ def run(words: list[str], parser: argparse.ArgumentParser, start: OpenWorker = o
 
 
 def plan(own: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Cell], Schedule]:
-    """What to measure, by --matrix or else by --mode. Raises BadRequest or IncompatibleOptions."""
+    """What to measure and how often, by --matrix or else by --mode. Raises BadRequest or IncompatibleOptions."""
     from wan.cli.args import FLAGS, parse
 
     options = _options()
     given = parse(rest, options)
-    settings: dict[str, Any] = {}
-    if own.matrix is not None and own.mode in (None, "matrix"):
-        known = {flag.dest: False for flag in FLAGS} | {o.name: o.takes_bool for o in options}
-        matrix = read_matrix(find_matrix(own.matrix), known)
-        settings = dict(matrix.settings)
-        cells = matrix.cells(rest, given, own.output_dir / "inputs")
-    elif own.matrix is not None or own.mode == "matrix":
+    if own.mode not in (("matrix", None) if own.matrix is not None else (None, "baseline", "optimized", "both")):
         said = f"--mode {own.mode}" + (f" --matrix {own.matrix}" if own.matrix else "")
         raise BadRequest(f"{said}: --matrix NAME|FILE goes with --mode matrix, and with no other")
+    if own.matrix is None:
+        cells, settings = [Cell(name="", words=tuple(rest), variants=variants(own))], dict[str, Any]()
     else:
-        cells = [Cell(name="", words=tuple(rest), variants=variants(own))]
+        known = {flag.dest: False for flag in FLAGS} | {o.name: o.takes_bool for o in options}
+        matrix = read_matrix(find_matrix(own.matrix), known)
+        cells, settings = matrix.cells(rest, given, own.output_dir / "inputs"), dict(matrix.settings)
     extra = tuple(third_party(own))
-    beside = [replace(cell, words=_with_defaults(cell), variants=_united(cell.variants, extra)) for cell in cells]
-    values = {name: getattr(own, name) for name in DEFAULTS if getattr(own, name) is not None}
-    schedule = Schedule(**{name: values.get(name, settings.get(name, usual)) for name, usual in DEFAULTS.items()})
-    if schedule.num_runs < 1 or schedule.warmup < 0:
-        raise BadRequest(f"--num_runs {schedule.num_runs} --warmup {schedule.warmup}: at least one timed run is needed")
-    return beside, schedule
+    cells = [replace(cell, words=_with_defaults(cell), variants=_united(cell.variants, extra)) for cell in cells]
+    return cells, _schedule(own, settings)
+
+
+def _schedule(own: argparse.Namespace, settings: Mapping[str, Any]) -> Schedule:
+    """What is spelled, else the matrix's `settings`, else the default; with the numbers checked."""
+    for name, least in (("num_runs", 1), ("warmup", 0), ("threads", 1)):
+        value = getattr(own, name)
+        value = settings.get(name) if value is None else value
+        if value is not None and value < least:
+            raise BadRequest(f"--{name} {value}: it must be at least {least}")
+    if own.price_per_hour is not None and not own.price_per_hour > 0:
+        raise BadRequest(f"--price_per_hour {own.price_per_hour}: it must be greater than 0")
+    spelled = {name: getattr(own, name) for name in DEFAULTS if getattr(own, name) is not None}
+    return Schedule(**{name: spelled.get(name, settings.get(name, usual)) for name, usual in DEFAULTS.items()})
 
 
 def variants(own: argparse.Namespace) -> tuple[Variant, ...]:

@@ -25,11 +25,12 @@ PARTS = ("self_attn", "cross_attn", "ffn")
 class Watch:
     """What was seen. `texts` are the embeddings [S, D] by guidance branch, `velocity` the guided one of the first step.
 
-    `flop` and `parts` (seconds by kind of module) are of one forward of one branch, and empty where the blocks are
-    compiled: looking inside would compile them again.
+    `flop` and `parts` (seconds by kind of module) are of one forward of one branch, and empty unless `inside`: looking
+    into compiled blocks would compile them again.
     """
 
     device: torch.device
+    inside: bool = True
     flop: int = 0
     parts: dict[str, float] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)
@@ -57,7 +58,7 @@ class Watch:
         def watched(tokens: Tensor, inputs: Any, condition: Any, step: Step) -> Tensor:
             for branch, text in zip(inputs.branches, condition.context, strict=True):
                 self.texts.setdefault(branch, text.detach().float().cpu())
-            if self.parts or _is_compiled(dit):
+            if self.parts or not self.inside:
                 return trunk(tokens, inputs, condition, step)
             if self.flop:
                 with self._timing(dit, len(inputs.branches)):
@@ -126,7 +127,3 @@ _KNOWN_ATTENTION = tuple(
 
 def _not_twice(*args: Any, **kwargs: Any) -> int:
     return 0
-
-
-def _is_compiled(dit: nn.Module) -> bool:
-    return any(module._compiled_call_impl is not None for module in dit.modules())

@@ -50,10 +50,11 @@ class Ours:
     def run(self, watch: bool) -> Trial:
         from wan.cli.benchmarking.noise import Start
         from wan.cli.benchmarking.watch import Watch
+        from wan.engine.optimizations import Compile
         from wan.video import to_pixels
 
         engine, start = self.pipe.engine, Start(self.noise)
-        seen = Watch(engine.device)
+        seen = Watch(engine.device, inside=not engine.plan.get(Compile).compile)
         last: list[torch.Tensor] = []
 
         def keep(step: Step, latents: torch.Tensor) -> None:
