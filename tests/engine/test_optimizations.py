@@ -42,7 +42,8 @@ UPSTREAM: Settings = {
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
     "apg_limit": 55.0, "apg_parallel": 0.0, "guidance_rescale": 0.0, "nag_scale": 0.0, "nag_tau": 2.5,
     "nag_alpha": 0.25, "skip_layers": None, "skip_layers_interval": "0.1-1", "enhance_video": 0.0,
-    "enhance_video_interval": "0-1",
+    "enhance_video_interval": "0-1", "context_frames": 0, "context_overlap": 16, "context_schedule": "uniform",
+    "context_fuse": "linear", "freenoise": True, "riflex": 0,
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
@@ -51,7 +52,7 @@ DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = {
     "lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json"),
     "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
-    "skip_layers": "1", "enhance_video": 2.0,
+    "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2,
 }  # fmt: skip
 """For options whose values cannot be listed, one that fits the tiny checkpoint."""
 NEEDS = {"cache": {"cache_table": EXAMPLES["cache_table"]}}

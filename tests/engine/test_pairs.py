@@ -21,6 +21,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cache": {"cache": "mag", "cache_table": str(DATA / "cache-tiny.json")},
     "cfg_interval": {"cfg_interval": "0-0.5"},
     "skip_layers": {"skip_layers": "1"},
+    "context_frames": {"context_frames": 81},
 }
 """What to ask for where the switch's value is not just on."""
 PAIRS = list(combinations(registry(), 2))

@@ -31,15 +31,23 @@ class Forwards:
 
     planned: dict[Place, Range]
     done: Counter[Place] = field(default_factory=Counter)
+    _windowed: set[tuple[int, str]] = field(default_factory=set)
 
     def counting(self, trunk: Trunk) -> Trunk:
-        """`trunk`, each call counted for every branch that is stacked in it."""
+        """`trunk`, each call counted for every branch that is stacked in it; all windows of a step are one forward."""
 
         def counted(tokens: Tensor, inputs: Any, condition: Any, step: Step) -> Tensor:
-            self.done.update((step.expert, branch) for branch in inputs.branches)
+            self.done.update((step.expert, branch) for branch in inputs.branches if self._is_new(step, branch))
             return trunk(tokens, inputs, condition, step)
 
         return counted
+
+    def _is_new(self, step: Step, branch: str) -> bool:
+        place = step.index, branch
+        counts = not step.window or place not in self._windowed
+        if step.window:
+            self._windowed.add(place)
+        return counts
 
     def check(self) -> None:
         """Raise GenerationFailed where a count lies outside its plan."""

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan.engine.accounting import Expectation, Report
 from wan.engine.errors import IncompatibleOptions
@@ -22,7 +22,7 @@ from wan.engine.placement import Placement, Policy
 from wan.engine.plan import Plan
 from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, SegmentWrapper, TrunkWrapper
 from wan.engine.sampling.guidance import Post
-from wan.engine.types import Coefficients, Component, Embeddings, Progress, Step, Tiling
+from wan.engine.types import Coefficients, Component, Embeddings, Progress, Request, Step, Tiling
 from wan.engine.weights.stream import load_into
 
 __all__ = ["Engine", "Job", "build_engine", "main_dtype"]
@@ -65,6 +65,14 @@ class Engine:
     def wrap_segment(self, wrapper: SegmentWrapper) -> None:
         """Enter `wrapper(dit, denoising)` round every segment of the coming run, for what acts on blocks' own seams."""
         self._hooks.segment_wrappers.append(wrapper)
+
+    def change_noise(self, change: Callable[[Tensor, Request], Tensor]) -> None:
+        """Change the noise [1, C, T, H, W] each shot of the coming run begins with."""
+        self._hooks.noise.append(change)
+
+    def split_prompts(self, split: Callable[[str], Sequence[str]]) -> None:
+        """Take a prompt of the coming run for several that follow each other, see `Denoising.scenes`."""
+        self._hooks.prompts = split
 
     def expect_forwards(self, expectation: Expectation) -> None:
         """Say by how much the count of forwards may differ from one a branch and step in the coming run."""

@@ -80,6 +80,8 @@ class Hooks:
     posts: list[Post] = field(default_factory=list)
     segment_wrappers: list[SegmentWrapper] = field(default_factory=list)
     settings: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
+    noise: list[Callable[[Tensor, Request], Tensor]] = field(default_factory=list)
+    prompts: Callable[[str], Sequence[str]] = lambda prompt: [prompt]
     tiling: Tiling | None = None
 
     def share(self, step: Step) -> float:
@@ -164,15 +166,19 @@ class GroupRun:
         if each.latents is not None:
             each.latents = each.latents.to(self.engine.device)
             return
-        branches = job.family.branches(request, shot, encoders)
+        for change in self.hooks.noise:
+            latents = change(latents, request)
+        asked = [replace(request, prompt=part) for part in self.hooks.prompts(request.prompt)]
+        scenes = [job.family.branches(each, shot, encoders) for each in asked]
         shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
         steps = job.family.schedule(request, job.config)
         if shot.known is not None:
-            latents = shot.known.apply(latents, None)
-            branches = {name: replace(branch, frozen=_frozen(shot.known)) for name, branch in branches.items()}
+            latents, frozen = shot.known.apply(latents, None), _frozen(shot.known)
+            scenes = [{name: replace(branch, frozen=frozen) for name, branch in each.items()} for each in scenes]
         run = Denoising(
-            request=request, shot=shot, index=each.index, branches=branches, steps=steps, latents=latents,
+            request=request, shot=shot, index=each.index, branches=scenes[0], steps=steps, latents=latents,
             solver=make_solver(request.solver, steps), generator=each.generator, carry=each.carry,
+            scenes=tuple(scenes) if len(scenes) > 1 else (),
         )  # fmt: skip
         if keeper:
             keeper.restore(run)

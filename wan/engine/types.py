@@ -69,6 +69,10 @@ class Condition:
         shared = {owner: entry for owner, entry in self.memo.items() if entry[1] is None}
         return dataclasses.replace(self, memo=shared, **changes)
 
+    def share_memo(self, whole: Self) -> None:
+        """Give what this window computed, as far as it does not depend on its frames, to its other windows too."""
+        whole.memo.update((owner, entry) for owner, entry in self.memo.items() if entry[1] is None)
+
     @classmethod
     def cat(cls, items: Sequence[Self]) -> Self:
         """All `items` stacked along the batch. Raises ValueError where one lacks a tensor the others have."""
@@ -205,6 +209,8 @@ class Denoising:
     generator: torch.Generator
     done: int = 0
     carry: Tensor | None = None
+    scenes: tuple[dict[str, Condition], ...] = ()
+    """The branches of each part of a prompt that changes over the video; empty where it does not."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors only, so that it can be stored as safetensors."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wan.conditioning.image import ImageInputs, image_branches
 from wan.configs import WAN_CONFIGS
-from wan.engine.sampling.plain import expert_schedule, guidance, one_shot
+from wan.engine.sampling.plain import anchored_shot, expert_schedule, guidance
 from wan.engine.types import Family
 from wan.modules.image_embedding import ImageCondition
 
@@ -17,5 +17,5 @@ FAMILY = Family(
     branches=image_branches,
     schedule=expert_schedule,
     coefficients=guidance,
-    next_shot=one_shot,
+    next_shot=anchored_shot,
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from wan.conditioning.first_frame import known_first_frame
 from wan.conditioning.text import embed
 from wan.configs import WAN_CONFIGS
-from wan.engine.sampling.plain import expert_schedule, guidance, one_shot
+from wan.engine.sampling.plain import anchored_shot, expert_schedule, guidance, one_shot
 from wan.engine.types import Condition, Encoders, Family, Known, Request, Shot
 
 
@@ -34,6 +35,11 @@ def first_frame(request: Request, shot: Shot, encoders: Encoders) -> Known | Non
         return known_first_frame(vae, first, shot.latent_shape, encoders.device)
 
 
+def next_shot(request: Request, config: Any, index: int, carry: Tensor | None) -> Shot | None:
+    given = request.inputs is not None and request.inputs.first is not None
+    return (anchored_shot if given else one_shot)(request, config, index, carry)
+
+
 FAMILY = Family(
     name="ti2v",
     configs={task: config for task, config in WAN_CONFIGS.items() if task.startswith("ti2v")},
@@ -41,6 +47,6 @@ FAMILY = Family(
     branches=text_branches,
     schedule=expert_schedule,
     coefficients=guidance,
-    next_shot=one_shot,
+    next_shot=next_shot,
     known=first_frame,
 )

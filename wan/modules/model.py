@@ -47,6 +47,10 @@ class FrozenConfig(dict[str, Any]):
             raise AttributeError(name) from None
 
 
+RopeTable = Callable[[tuple[int, int, int], int, torch.device], Tensor]
+"""(grid, head width, device) -> its rotary table, see `wan.engine.ops.rope.grid_table`."""
+
+
 class WanModel(nn.Module):
     """The diffusion transformer of Wan: text-to-video, image channels, CLIP's image tokens and per-frame timesteps.
 
@@ -104,6 +108,7 @@ class WanModel(nn.Module):
             self.img_emb = MLPProj(image_dim, dim, image_positions)
             self.adapters[CLIP] = ImageAdapter()
         self.run_block: RunBlock = call_block
+        self.rope_table: RopeTable = grid_table
         self._trunk: Trunk | None = None
         self.init_weights()
 
@@ -167,11 +172,11 @@ class WanModel(nn.Module):
         embedding, constant_rows = self._embed_time(timesteps)
         if constant_rows and rows is None:
             rows = torch.zeros(tokens.shape[1], dtype=torch.long, device=tokens.device)
-        expert = step.expert if step is not None else "dit"
+        expert, head_dim = step.expert if step is not None else "dit", self.dim // self.num_heads
         inputs = BlockInputs(
             modulation=self._project_time(embedding),
             rows=rows,
-            rope=condition.once(f"rope:{grid}", lambda: grid_table(grid, self.dim // self.num_heads, tokens.device)),
+            rope=condition.once(f"rope:{grid}", lambda: self.rope_table(grid, head_dim, tokens.device)),
             frames=condition.once(f"frames:{grid}", lambda: self._frames(grid, tokens.device)),
             context=condition.once(f"text:{expert}", lambda: self.embed_text(condition.context)),
             layout=Layout(grid, math.prod(grid)),

@@ -36,8 +36,9 @@ class ReusedResidual:
         # A branch that was not asked for in the last computed step has only an older residual: it is computed.
         if step.index in self.skipped and index == self.computed >= 0:
             return tokens + residual.to(tokens.dtype)
+        if step.index != self.computed:
+            self.kept.clear()  # of no use from here on, and windows that moved would pile up
         after = self.trunk(tokens, inputs, condition, step)
-        self.kept.pop(key, None)  # before the new one is made, so that there is never one too many
         if step.index + 1 in self.skipped:
             self.kept[key] = step.index, (after - tokens).to(self.dtype)
         self.computed = step.index
@@ -50,42 +51,57 @@ class ReusedVelocity:
 
     What is kept is the velocity minus the latents, per branch. `may_skip` holds the indices of steps that may be
     answered so. The "cond" branch (or the first) decides for all, which reads one number from the device in each such
-    step. Source: EasyCache4Wan2.1.
+    step. Each window of a long video goes by itself. Source: EasyCache4Wan2.1.
     """
 
     denoiser: Denoiser
     may_skip: Collection[int]
     threshold: float
-    _rate: Tensor | None = None
-    _moved: float = 0.0
-    _before: Tensor | None = None
-    _at: Tensor | None = None
-    _kept: dict[str, Tensor] = field(default_factory=dict)
-    _scale: Tensor | None = None
-    _velocity: Tensor | None = None
+    _now: dict[tuple[int, ...], _Drift] = field(default_factory=dict)
+    _before: dict[tuple[int, ...], _Drift] = field(default_factory=dict)
+    _index: int = -1
 
     def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
-        skip = self._skips(latents, step, branches)
-        self._before = latents
+        if step.index != self._index:  # what windows of earlier steps left is dropped
+            self._index, self._before, self._now = step.index, self._now, {}
+        drift = self._now[step.window] = self._before.get(step.window) or _Drift()
+        if step.index in self.may_skip and drift.foresees(branches):
+            skip = drift.grown(latents) < self.threshold
+        else:
+            skip = False
+        drift.before = latents
         if skip:
-            return {name: latents + self._kept[name] for name in branches}
+            return {name: latents + drift.kept[name] for name in branches}
         velocities = self.denoiser(latents, step, branches)
-        self._remember(latents, velocities)
+        drift.learn(latents, velocities)
         return velocities
 
-    def _skips(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> bool:
-        known = self._rate is not None and branches.keys() <= self._kept.keys()
-        if not known or step.index not in self.may_skip:
-            return False
-        assert self._rate is not None and self._before is not None and self._scale is not None
-        drift = (latents - self._before).abs().mean()
-        self._moved += float(self._rate * drift / self._scale)
-        return self._moved < self.threshold
 
-    def _remember(self, latents: Tensor, velocities: Mapping[str, Tensor]) -> None:
+@dataclass
+class _Drift:
+    """What is known of the way of the latents, and of the velocity that was computed last."""
+
+    rate: Tensor | None = None
+    """By how much the velocity moves when the latents do."""
+    moved: float = 0.0
+    before: Tensor | None = None
+    at: Tensor | None = None
+    velocity: Tensor | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def foresees(self, branches: Mapping[str, Condition]) -> bool:
+        return self.rate is not None and branches.keys() <= self.kept.keys()
+
+    def grown(self, latents: Tensor) -> float:
+        """The estimated movement of the velocity since it was computed, relative to it."""
+        assert self.rate is not None and self.before is not None and self.velocity is not None
+        self.moved += float(self.rate * (latents - self.before).abs().mean() / self.velocity.abs().mean())
+        return self.moved
+
+    def learn(self, latents: Tensor, velocities: Mapping[str, Tensor]) -> None:
         decides = velocities["cond"] if "cond" in velocities else next(iter(velocities.values()))
-        self._moved = 0.0
-        if self._velocity is not None and self._at is not None:
-            self._rate = (decides - self._velocity).abs().mean() / (latents - self._at).abs().mean()
-        self._velocity, self._at, self._scale = decides, latents, decides.abs().mean()
-        self._kept = {name: velocity - latents for name, velocity in velocities.items()}
+        self.moved = 0.0
+        if self.velocity is not None and self.at is not None:
+            self.rate = (decides - self.velocity).abs().mean() / (latents - self.at).abs().mean()
+        self.velocity, self.at = decides, latents
+        self.kept = {name: velocity - latents for name, velocity in velocities.items()}

@@ -20,28 +20,48 @@ def bands(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def axis_table(positions: Sequence[int] | Tensor, channels: int, theta: float = 10000.0) -> Tensor:
-    """(cos, sin) of every position and pair as float32 [P, channels / 2, 2], from float64 angles."""
+def axis_table(
+    positions: Sequence[int] | Tensor, channels: int, theta: float = 10000.0, replaced: dict[int, float] | None = None
+) -> Tensor:
+    """(cos, sin) of every position and pair as float32 [P, channels / 2, 2], from float64 angles.
+
+    `replaced` gives some pairs another frequency, radians a position.
+    """
     positions = torch.as_tensor(positions, dtype=torch.float64, device="cpu")
     frequencies = theta ** -(torch.arange(0, channels, 2, dtype=torch.float64, device="cpu") / channels)
+    for pair, frequency in (replaced or {}).items():
+        frequencies[pair] = frequency
     angles = positions[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin()), -1).float()
 
 
-def grid_table(grid: tuple[int, int, int], head_dim: int, device: torch.device | str | None = None) -> Tensor:
-    """(cos, sin) of every token of a grid as float32 [L, 1, D / 2, 2]; tokens run frame, row, column."""
-    return places_table((range(grid[0]), range(grid[1]), range(grid[2])), head_dim, device)
+def grid_table(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    device: torch.device | str | None = None,
+    replaced: dict[int, float] | None = None,
+) -> Tensor:
+    """(cos, sin) of every token of a grid as float32 [L, 1, D / 2, 2]; tokens run frame, row, column.
+
+    `replaced` frequencies are those of the frames.
+    """
+    return places_table((range(grid[0]), range(grid[1]), range(grid[2])), head_dim, device, replaced)
 
 
 def places_table(
-    places: tuple[Sequence[int], Sequence[int], Sequence[int]], head_dim: int, device: torch.device | str | None = None
+    places: tuple[Sequence[int], Sequence[int], Sequence[int]],
+    head_dim: int,
+    device: torch.device | str | None = None,
+    replaced: dict[int, float] | None = None,
 ) -> Tensor:
     """`grid_table` of a grid whose frames, rows and columns stand at these places, which may be negative.
 
     Only the three short axis tables are computed and copied; the grid is spread out on `device`.
     """
     grid = (len(places[0]), len(places[1]), len(places[2]))
-    axes = [axis_table(each, width) for each, width in zip(places, bands(head_dim), strict=True)]
+    time, *sides = bands(head_dim)
+    axes = [axis_table(places[0], time, replaced=replaced)]
+    axes += [axis_table(each, width) for each, width in zip(places[1:], sides, strict=True)]
     views = ((grid[0], 1, 1), (1, grid[1], 1), (1, 1, grid[2]))
     spread = [
         axis.to(device).view(*view, *axis.shape[1:]).expand(*grid, -1, -1)

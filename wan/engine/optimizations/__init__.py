@@ -6,11 +6,13 @@ from wan.engine.optimizations.attention import Attention
 from wan.engine.optimizations.attention_guidance import NAG, EnhanceVideo, SkipLayers
 from wan.engine.optimizations.batched_cfg import BatchedCFG
 from wan.engine.optimizations.compile import Compile
+from wan.engine.optimizations.context_windows import ContextWindows
 from wan.engine.optimizations.dtype import Precision
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
+from wan.engine.optimizations.riflex import RIFLEx
 from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.vae_cpu import VAECPU
@@ -18,9 +20,9 @@ from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "APG", "NAG", "TF32", "T5CPU", "VAECPU", "Attention", "BatchedCFG", "CFGInterval", "CFGZeroStar", "Compile",
-    "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "Offload", "Precision",
-    "SkipLayers", "StepCache", "VAETiling", "registry",
+    "APG", "Attention", "BatchedCFG", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows", "CudnnBenchmark",
+    "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload", "Precision", "RIFLEx",
+    "SkipLayers", "StepCache", "T5CPU", "TF32", "VAECPU", "VAETiling", "registry",
 ]  # fmt: skip
 
 

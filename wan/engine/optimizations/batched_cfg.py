@@ -40,6 +40,9 @@ class BatchedCFG(Optimization):
         engine.wrap_denoiser(batched)
 
 
+_Stacked = dict[tuple[int, ...], tuple[list[Condition], Condition]]
+
+
 def batched(inner: Denoiser, dit: nn.Module, segment: Segment) -> Denoiser:
     """A denoiser that stacks branches of equal shapes and leaves single ones to `inner`."""
     return _Batched(inner, dit)  # type: ignore[arg-type]
@@ -49,9 +52,13 @@ class _Batched:
     def __init__(self, inner: Denoiser, dit: VelocityModel) -> None:
         self.inner = inner
         self.dit = dit
-        self.stacked: dict[tuple[int, ...], tuple[list[Condition], Condition]] = {}
+        self.stacked: _Stacked = {}
+        self.before: _Stacked = {}
+        self.index = -1
 
     def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        if step.index != self.index:
+            self.index, self.before, self.stacked = step.index, self.stacked, {}
         groups: dict[object, list[str]] = {}
         for name, condition in branches.items():
             groups.setdefault((type(condition), condition.shapes()), []).append(name)
@@ -65,8 +72,9 @@ class _Batched:
         return {name: found[name] for name in branches}
 
     def _stack(self, conditions: list[Condition]) -> Condition:
-        """The conditions as one, the same object in every step of the segment, so that what it memorises is kept."""
+        """The conditions as one, the same object as in the step before, so that what it memorises is kept."""
         key = tuple(map(id, conditions))
         if key not in self.stacked:
-            self.stacked[key] = conditions, type(conditions[0]).cat(conditions)  # the list keeps the ids alive
+            made = self.before.get(key) or (conditions, type(conditions[0]).cat(conditions))
+            self.stacked[key] = made  # the list in it keeps the ids alive
         return self.stacked[key][1]

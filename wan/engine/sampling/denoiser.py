@@ -41,7 +41,9 @@ def velocity(
 def timesteps(step: Step, condition: Condition, batch: int, latents: Tensor) -> Tensor:
     """Float32 timesteps [B], or [B, T] where frames differ: `frame_t` if given, else `t`, and 0 where frozen."""
     if step.frame_t is not None:
-        values = condition.once(f"frame_t:{step.index}", lambda: torch.tensor([step.frame_t], device=latents.device))
+        values = condition.once(
+            f"frame_t:{step.index}:{step.window}", lambda: torch.tensor([step.frame_t], device=latents.device)
+        )
         values = values.expand(batch, -1)
     else:
         # Filled on the device: a copy from the host would wait for the queue.

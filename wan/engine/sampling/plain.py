@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,12 @@ def one_shot(request: Request, config: Any, index: int, carry: Tensor | None) ->
     time, rows, columns = config.vae_stride
     frames = (request.num_frames - 1) // time + 1
     return Shot(latent_shape=(config.get("z_dim", 16), frames, request.height // rows, request.width // columns))
+
+
+def anchored_shot(request: Request, config: Any, index: int, carry: Tensor | None) -> Shot | None:
+    """The whole video at once, with its first latent frame in every window of it: what it shows is given."""
+    shot = one_shot(request, config, index, carry)
+    return None if shot is None else replace(shot, anchor=1)
 
 
 def guidance(request: Request, config: Any) -> Coefficients:

@@ -109,7 +109,7 @@ class SpeechAdapter(SideAdapter):
             tokens = torch.cat(dit.casual_audio_encoder(torch.cat((silence, condition.audio), -1)), 2)
             return tokens[:, skipped:]
 
-        heard = kept("heard", encode)
+        heard = kept("heard", encode, time=1)
         if heard.shape[1] != frames:
             raise BadRequest(
                 f"the sound makes {heard.shape[1]} latent frames, the video has {frames}: "
@@ -118,8 +118,8 @@ class SpeechAdapter(SideAdapter):
         return heard[:, :, :-1], heard[:, :, -1:]
 
 
-def _keep(condition: Condition, expert: str, what: str, make: Any) -> Tensor:
-    return condition.once(f"{NAME} {what}:{expert}", make)
+def _keep(condition: Condition, expert: str, what: str, make: Any, time: int | None = None) -> Tensor:
+    return condition.once(f"{NAME} {what}:{expert}", make, time=time)
 
 
 def _with_pose(dit: WanModel_S2V, tokens: Tensor, condition: SpeechCondition) -> Tensor:

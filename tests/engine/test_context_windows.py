@@ -1,0 +1,110 @@
+"""Long videos on a tiny model: what the model is shown, how much of it, and when nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import wan
+from wan.engine.errors import BadRequest
+from wan.engine.ops.rope import axis_table, bands, grid_table
+from wan.engine.optimizations.riflex import slowed_table
+
+CALL: dict[str, Any] = {
+    "size": (32, 32), "frame_num": 33, "sampling_steps": 3, "seed": 1, "shift": 3.0, "guide_scale": 4.0,
+    "offload_model": None,
+}  # fmt: skip
+WINDOWS: dict[str, Any] = {"context_frames": 13, "context_overlap": 4}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint: Path, tiny_task: Any) -> Any:
+    return wan.WanT2V(type(tiny_task)(tiny_task), tiny_checkpoint, device="cpu")
+
+
+def watched(pipe: Any, prompt: str = "a red bird", **options: Any) -> tuple[Tensor, list[tuple[int, float]]]:
+    """The video, and (tokens, mean of the text) of every conditional forward of the high-noise expert."""
+    seen: list[tuple[int, float]] = []
+    dit = pipe.engine.network("high")
+
+    def watching(tokens: Tensor, inputs: Any, condition: Any, step: Any) -> Tensor:
+        if "cond" in inputs.branches:
+            seen.append((tokens.shape[1], float(condition.context[-1].float().abs().sum())))
+        return dit.plain_trunk(tokens, inputs, condition, step)  # type: ignore[no-any-return]
+
+    dit.trunk = watching
+    try:
+        return pipe.generate(prompt, **CALL, **options), seen
+    finally:
+        dit.trunk = dit.plain_trunk
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "looped", "static"])
+def test_a_long_video_has_its_length_and_no_forward_sees_more_than_a_window(pipe: Any, schedule: str) -> None:
+    video, seen = watched(pipe, **WINDOWS, context_schedule=schedule)
+    assert video.shape[1] == 33 and torch.isfinite(video).all()
+    assert {tokens for tokens, _ in seen} == {4 * 2 * 2} and len(seen) > 1
+    assert pipe.report.forwards[-1].describe().count("cond") == 4, "a step's windows are one forward of the plan"
+
+
+def test_a_video_of_one_window_is_the_plain_video_bit_for_bit(pipe: Any) -> None:
+    plain = pipe.generate("a red bird", **CALL)
+    assert torch.equal(pipe.generate("a red bird", **CALL, context_frames=33), plain)
+    assert torch.equal(pipe.generate("a red bird", **CALL, context_frames=81), plain)
+
+
+def test_batched_guidance_and_step_caches_work_in_windows(pipe: Any) -> None:
+    for schedule in ("static", "uniform"):
+        options = {**WINDOWS, "context_schedule": schedule}
+        video = pipe.generate("a red bird", **CALL, **options)
+        batched = pipe.generate("a red bird", **CALL, **options, use_batched_cfg=True)
+        assert (batched - video).abs().max() < 1e-4
+        assert torch.equal(pipe.generate("a red bird", **CALL, **options, cache="easy", cache_threshold=0.0), video)
+
+
+def test_parts_of_a_prompt_follow_each_other(pipe: Any) -> None:
+    _, whole = watched(pipe, "a red bird", **WINDOWS, context_schedule="static")
+    _, parts = watched(pipe, "a red bird | a fish in the sea", **WINDOWS, context_schedule="static")
+    texts = [text for _, text in parts]
+    assert texts[0] == whole[0][1] != texts[-1] and len(parts) == len(whole)
+
+
+def test_noise_of_its_own_is_kept_on_request(pipe: Any) -> None:
+    first = pipe.generate("a red bird", **CALL, **WINDOWS)
+    assert not torch.equal(pipe.generate("a red bird", **CALL, **WINDOWS, freenoise=False), first)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"context_frames": 12}, "--context_frames 12: give 4n"),
+        ({"context_frames": 13, "context_overlap": 9}, "--context_overlap 9: give 0 to 8"),
+        ({"riflex": -1}, "--riflex -1"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else str(value),
+)
+def test_what_cannot_be_is_refused_before_weights_are_read(
+    tiny_checkpoint: Path, tiny_config: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadRequest, match=said):
+        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **options)
+
+
+def test_riflex_slows_one_temporal_frequency_to_less_than_a_turn_and_no_other() -> None:
+    grid, width, cpu = (30, 2, 3), 48, torch.device("cpu")
+    plain, slowed = grid_table(grid, width, cpu), slowed_table(4, grid, width, cpu)
+    differs = (plain != slowed).any(0).any(-1)[0]
+    assert differs.nonzero().flatten().tolist() == [3]
+    turned = torch.atan2(slowed[6, 0, 3, 1], slowed[6, 0, 3, 0])  # frame 1
+    assert float(turned) == pytest.approx(0.9 * 2 * torch.pi / 30, rel=1e-5)
+    assert torch.equal(axis_table(range(4), bands(width)[0]), axis_table(range(4), bands(width)[0], replaced={}))
+
+
+def test_riflex_leaves_the_next_video_alone(pipe: Any) -> None:
+    plain = pipe.generate("a red bird", **CALL)
+    assert not torch.equal(pipe.generate("a red bird", **CALL, riflex=2), plain)
+    assert torch.equal(pipe.generate("a red bird", **CALL), plain)
