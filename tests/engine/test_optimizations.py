@@ -44,6 +44,7 @@ UPSTREAM: Settings = {
     "nag_alpha": 0.25, "skip_layers": None, "skip_layers_interval": "0.1-1", "enhance_video": 0.0,
     "enhance_video_interval": "0-1", "context_frames": 0, "context_overlap": 16, "context_schedule": "uniform",
     "context_fuse": "linear", "freenoise": True, "riflex": 0,
+    "block_swap": 0, "prefetch_blocks": 1, "stream_t5": False,
 }  # fmt: skip
 """What the original code does when nothing is asked for (`offload_model` is an argument of its `generate`)."""
 
@@ -52,7 +53,7 @@ DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = {
     "lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json"),
     "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
-    "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2,
+    "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2, "block_swap": 2, "prefetch_blocks": 0,
 }  # fmt: skip
 """For options whose values cannot be listed, one that fits the tiny checkpoint."""
 NEEDS = {"cache": {"cache_table": EXAMPLES["cache_table"]}}

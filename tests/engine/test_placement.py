@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan.engine.placement import DeviceMover, Placement, Policy, tensors_of
 
@@ -26,13 +26,13 @@ class Recorder:
     events: list[str] = field(default_factory=list)
     fail: str = ""
 
-    def to_device(self, name: str, module: nn.Module, device: torch.device) -> None:
+    def to_device(self, name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.events.append(f"{name} enters")
         if name == self.fail:
             self.fail = ""
             raise torch.OutOfMemoryError("out of memory")
 
-    def to_host(self, name: str, module: nn.Module) -> None:
+    def to_host(self, name: str, tensors: Sequence[Tensor]) -> None:
         self.events.append(f"{name} leaves")
 
 
@@ -272,21 +272,21 @@ def test_mover_moves_buffers_and_plain_tensors_and_brings_back_the_same_memory()
     weight = net.first.weight
     places = [tensor.data_ptr() for tensor in tensors_of(net)]
     for _ in range(2):
-        mover.to_device("net", net, GPU_STAND_IN)
+        mover.to_device("net", tensors_of(net), GPU_STAND_IN)
         assert not {tensor.data_ptr() for tensor in tensors_of(net)} & set(places)
         assert net.first.weight is weight is net.tied.weight
-        mover.to_host("net", net)
+        mover.to_host("net", tensors_of(net))
         assert [tensor.data_ptr() for tensor in tensors_of(net)] == places
     assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(net), strict=True))
 
 
 def test_mover_forgets_the_copy_of_a_replaced_network() -> None:
     mover = DeviceMover(lambda home, device: home.clone())
-    mover.to_device("net", Net(), GPU_STAND_IN)
+    mover.to_device("net", tensors_of(Net()), GPU_STAND_IN)
     other = Net()
     expected = other.first.weight.clone()
-    mover.to_device("net", other, GPU_STAND_IN)
-    mover.to_host("net", other)
+    mover.to_device("net", tensors_of(other), GPU_STAND_IN)
+    mover.to_host("net", tensors_of(other))
     assert torch.equal(other.first.weight, expected)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan.engine.errors import BadCheckpoint
 from wan.modules import t5
@@ -240,3 +242,30 @@ def test_golden_values_of_upstream() -> None:
         for index, states in enumerate(model(PROMPTS, "cpu")):
             assert states.shape == golden[f"out.{index}"].shape
             assert relative_error(states, golden[f"out.{index}"]) < FLOAT32
+
+
+class _Watch(TorchDispatchMode):
+    """Notes the dtypes of all matrix products, and the matrices that are copied to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: set[torch.dtype] = set()
+        self.converted: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "linear", "matmul"):
+            self.products |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
+        if name == "_to_copy" and args[0].ndim == 2:
+            self.converted.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_bfloat16_a_cpu_multiplies_in_bfloat16_and_widens_no_weight() -> None:
+    """What `--t5_cpu` runs: the task's t5_dtype is bfloat16, and a float32 copy of the weights would take 22 GB."""
+    model = encoder().bfloat16()
+    with torch.inference_mode(), _Watch() as watch:
+        states = model(torch.tensor([[3, 7, 9, 1]]))
+    assert states.dtype is torch.bfloat16
+    assert watch.products == {torch.bfloat16}
+    assert watch.converted == []

@@ -34,7 +34,7 @@ def encode_prompts(encoders: Encoders, prompts: Sequence[str]) -> list[Tensor]:
     missing = [text for text in dict.fromkeys(prompts) if text not in states]
     if missing:
         with encoders.use(ENCODER) as encoder:
-            device = next(encoder.parameters()).device
+            device = encoders.where(ENCODER)
             fresh = {text: encode_texts(encoder, encoder.tokenizer, [text], device)[0] for text in missing}
         for text, rows in fresh.items():
             if cache is not None:

@@ -191,9 +191,10 @@ class Engine:
             weights = component.weights(module)
             for optimization in active:
                 weights = optimization.transform(weights, name)
-            places = [place for o in active if (place := o.place(module, name)) is not None]
-            place = places[0] if places else lambda key, tensor: landing
-            load_into(module, weights, dtype=dtypes.get, place=place)
+            homes: dict[str, Tensor | torch.device] = {}
+            for optimization in active:
+                homes.update(optimization.place(module, name, self))
+            load_into(module, weights, dtype=dtypes.get, place=lambda key, tensor: homes.get(key, landing))
             module.eval().requires_grad_(False)
             for optimization in active:
                 optimization.finish(module, name, self)
@@ -210,6 +211,9 @@ def build_engine(
 ) -> Engine:
     """An engine whose plan has been checked against this hardware. Networks load when first used."""
     plan.check(hardware)
+    for optimization in plan.enabled():
+        for component in components:
+            optimization.check_component(component)
     return Engine(components, plan, hardware, placement or Placement(hardware.device), model)
 
 

@@ -36,9 +36,8 @@ class Option:
 
     @property
     def choices(self) -> tuple[Any, ...]:
-        return tuple(
-            value for kind in _alternatives(self.type) if get_origin(kind) is Literal for value in get_args(kind)
-        )
+        """The values there are; none where any number or text will do."""
+        return () if _plain(self.type) else _words(self.type)
 
 
 def option(
@@ -125,12 +124,15 @@ def check_value(o: Option, value: Any, source: str) -> Any:
         if value not in o.choices:
             raise BadRequest(f"{source}: {o.name} = {value!r} is not one of {', '.join(map(str, o.choices))}")
         return value
+    if value in _words(o.type):
+        return value
     kinds = tuple(kind for kind in _alternatives(o.type) if isinstance(kind, type))
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join(
-            f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds if kind is not type(None)
+            [f"{'an' if kind is int else 'a'} {kind.__name__}" for kind in kinds if kind is not type(None)]
+            + [repr(word) for word in _words(o.type)]
         )
         raise BadRequest(f"{source}: {o.name} = {value!r} is not {names}")
     return value
@@ -140,6 +142,23 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
+def _plain(kind: Any) -> list[Any]:
+    return [k for k in _alternatives(kind) if k in (int, float, str)]
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    return tuple(value for k in _alternatives(kind) if get_origin(k) is Literal for value in get_args(k))
+
+
 def _value_type(kind: Any) -> Any:
-    plain = [k for k in _alternatives(kind) if k in (int, float, str)]
-    return plain[0] if plain else str
+    plain, words = [*_plain(kind), str][0], _words(kind)
+    if plain is str or not words:
+        return plain
+
+    def number_or_word(text: str) -> Any:
+        try:
+            return text if text in words else plain(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {' or '.join(words)}") from error
+
+    return number_or_word

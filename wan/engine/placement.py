@@ -7,8 +7,7 @@ first needed, and a resident one straight onto the device.
 from __future__ import annotations
 
 import enum
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from wan.engine.arena import Arena, aligned
+
 CPU = torch.device("cpu")
-ARENA_BYTES = 2**30
-ALIGNMENT = 512
 
 
 class Policy(enum.Enum):
@@ -35,9 +34,19 @@ class Policy(enum.Enum):
 class Mover(Protocol):
     """The only thing that touches devices; tests use one that records."""
 
-    def to_device(self, name: str, module: nn.Module, device: torch.device) -> None: ...
+    def to_device(self, name: str, tensors: Sequence[Tensor], device: torch.device) -> None: ...
 
-    def to_host(self, name: str, module: nn.Module) -> None: ...
+    def to_host(self, name: str, tensors: Sequence[Tensor]) -> None: ...
+
+
+class Swapped(Protocol):
+    """The part of a network that stays in RAM, because it comes to the device piece by piece while it computes."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """What stays in RAM."""
+
+    def release(self) -> None:
+        """Give back the memory on the device; nobody computes with the network now."""
 
 
 Load = Callable[[torch.device], nn.Module]
@@ -52,6 +61,13 @@ class _Slot:
     module: nn.Module | None = None
     where: torch.device = CPU
     uses: int = 0
+    swapped: Swapped | None = None
+
+    def moving(self) -> list[Tensor]:
+        """The tensors that enter and leave the device with the network."""
+        assert self.module is not None, "what moves has been loaded"
+        staying = {id(tensor) for tensor in self.swapped.tensors()} if self.swapped is not None else set()
+        return [tensor for tensor in tensors_of(self.module) if id(tensor) not in staying]
 
 
 class Placement:
@@ -95,6 +111,11 @@ class Placement:
         """Replace a network by a user's; it is taken to be where its first tensor is."""
         slot = self._slots[name]
         slot.module, slot.where = module, next((tensor.device for tensor in tensors_of(module)), CPU)
+        slot.swapped = None
+
+    def swap(self, name: str, swapped: Swapped) -> None:
+        """Leave this part of a network, which is being loaded, in RAM when the rest of it moves."""
+        self._slots[name].swapped = swapped
 
     def loaded(self) -> dict[str, nn.Module]:
         """The networks that have been loaded so far."""
@@ -116,6 +137,8 @@ class Placement:
             yield slot.module
         finally:
             slot.uses -= 1
+            if slot.uses == 0 and slot.swapped is not None:
+                slot.swapped.release()
             if slot.uses == 0 and slot.policy is Policy.AFTER_USE:
                 self._leave(name)
 
@@ -125,14 +148,14 @@ class Placement:
             for other, resting in self._slots.items():
                 if other != name and resting.uses == 0 and resting.policy is not Policy.RESIDENT:
                     self._leave(other)
-        module = self._loaded(slot, target if slot.policy is Policy.RESIDENT else CPU)
+        self._loaded(slot, target if slot.policy is Policy.RESIDENT else CPU)
         if target == CPU:
             self._leave(name)
         elif slot.where != target:
             try:
-                self._mover.to_device(name, module, target)
+                self._mover.to_device(name, slot.moving(), target)
             except BaseException:
-                self._mover.to_host(name, module)  # may have moved in part before memory ran out
+                self._mover.to_host(name, slot.moving())  # may have moved in part before memory ran out
                 slot.where = CPU
                 raise
             slot.where = target
@@ -140,7 +163,7 @@ class Placement:
     def _leave(self, name: str) -> None:
         slot = self._slots[name]
         if slot.module is not None and slot.where != CPU:
-            self._mover.to_host(name, slot.module)
+            self._mover.to_host(name, slot.moving())
             slot.where = CPU
 
     def _loaded(self, slot: _Slot, where: torch.device) -> nn.Module:
@@ -160,23 +183,21 @@ class DeviceMover:
         self._transfer = transfer or _to_device
         self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def to_device(self, name: str, module: nn.Module, device: torch.device) -> None:
-        """Move every parameter, buffer and plain tensor attribute; transfers from pinned memory do not block."""
-        for tensor, home in self._home(name, module, pin=device.type == "cuda"):
+    def to_device(self, name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
+        """Move these tensors of a network; transfers from pinned memory do not block."""
+        for tensor, home in self._home(name, tensors, pin=device.type == "cuda"):
             tensor.data = self._transfer(home, device)
 
-    def to_host(self, name: str, module: nn.Module) -> None:
+    def to_host(self, name: str, tensors: Sequence[Tensor]) -> None:
         """Back to the copy in RAM, which is made at the first time for a network that was loaded onto the device."""
-        tensors = tensors_of(module)
         pin = any(tensor.is_cuda for tensor in tensors)
-        for tensor, home in self._home(name, module, pin):
+        for tensor, home in self._home(name, tensors, pin):
             tensor.data = home
         if pin:
             torch.cuda.empty_cache()  # large blocks of one network seldom fit the next one's tensors
 
-    def _home(self, name: str, module: nn.Module, pin: bool) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of the module with its copy in RAM."""
-        tensors = tensors_of(module)
+    def _home(self, name: str, tensors: Sequence[Tensor], pin: bool) -> list[tuple[Tensor, Tensor]]:
+        """Each tensor with its copy in RAM."""
         known = self._homes.get(name, [])
         if len(known) == len(tensors) and all(tensor is kept for tensor, (kept, _) in zip(tensors, known, strict=True)):
             return known
@@ -198,9 +219,9 @@ def tensors_of(module: nn.Module) -> list[Tensor]:
     return list(found.values())
 
 
-def _copies_in_ram(tensors: list[Tensor], pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def _copies_in_ram(tensors: Sequence[Tensor], pin: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Each tensor with its home in RAM; one that is in RAM moves into its pinned home, so that it exists once."""
-    arena = _Arena(sum(_aligned(tensor) for tensor in tensors)) if pin else None
+    arena = Arena(sum(map(aligned, tensors)), pin=True) if pin else None
     for tensor in tensors:
         home = arena.take(tensor) if arena is not None else tensor.data
         if home.device == CPU and home.data_ptr() != tensor.data_ptr():
@@ -210,33 +231,3 @@ def _copies_in_ram(tensors: list[Tensor], pin: bool) -> Iterator[tuple[Tensor, T
         elif home.device != CPU:
             home = home.cpu()
         yield tensor, home
-
-
-class _Arena:
-    """Pinned memory handed out in pieces. One allocation a tensor would waste up to half: torch rounds each up to a
-    power of two."""
-
-    def __init__(self, total: int) -> None:
-        self._left = total
-        self._block = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor in pinned memory, or in ordinary memory when the system grants no more."""
-        need = _aligned(like)
-        if need > len(self._block):
-            self._block = _pinned(max(need, min(ARENA_BYTES, self._left)))
-        piece, self._block, self._left = self._block[:need], self._block[need:], self._left - need
-        flat = piece[: like.numel() * like.element_size()].view(like.dtype)
-        return flat.view(like.shape)
-
-
-def _aligned(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
-
-
-def _pinned(num_bytes: int) -> Tensor:
-    try:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    except RuntimeError as error:
-        logging.getLogger(__name__).warning("no pinned memory (%s): moves to the device will be slower", error)
-        return torch.empty(num_bytes, dtype=torch.uint8)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from wan.engine.engine import Engine
+    from wan.engine.types import Component
 
 Grade = Literal["bitwise", "rounding", "lossy"]
 
@@ -52,7 +53,7 @@ class Conflict:
 class Optimization:
     """Base of every optimisation: a frozen dataclass whose fields are `option()`s, the first one the switch.
 
-    Six moments, each optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
+    Its moments are all optional. `name` is "dit", "high", "low", "text_encoder", "vae" ... Networks are loaded when
     first used, so what changes a finished network is `finish`; `apply` runs at the start of every run, on cleared
     wrappers and policies. Options of subclasses with `per_call` may be changed for one `generate` call.
     """
@@ -75,6 +76,9 @@ class Optimization:
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
         """Raise BadCheckpoint if this cannot act on a checkpoint of these shapes. Nothing has been read but headers."""
 
+    def check_component(self, component: Component) -> None:
+        """Raise if this cannot act on a network; `component.build()` makes it on the meta device."""
+
     def convert(self, module: nn.Module, name: str) -> None:
         """Change the module while it is on the meta device."""
 
@@ -82,9 +86,9 @@ class Optimization:
         """Change, rename or add to the stream of weights."""
         return weights
 
-    def place(self, module: nn.Module, name: str) -> Callable[[str, Tensor], torch.device] | None:
-        """Where each weight lands; None leaves it to the placement policy. At most one optimisation per component."""
-        return None
+    def place(self, module: nn.Module, name: str, engine: Engine) -> Mapping[str, Tensor | torch.device]:
+        """Key -> memory that a weight is written into, or where it lands; others land as the placement policy says."""
+        return {}
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         """Change a network that has just been loaded: swap attention backends, compile its blocks."""

@@ -28,6 +28,7 @@ from wan.modules.t5_layers import (
     fp16_clamp,
     hide,
     init_weights,
+    relative_buckets,
 )
 from wan.modules.tokenizers import HuggingfaceTokenizer
 
@@ -89,6 +90,12 @@ class T5CrossAttention(nn.Module):
         return fp16_clamp(x + self.dropout(self.ffn(self.norm3(x))))
 
 
+def call_block(block: nn.Module, x: Tensor, bias: Callable[[nn.Module], Tensor], *encoder: Tensor | None) -> Tensor:
+    """The plain `run_block`: all that touches a layer's weights is done in here."""
+    out: Tensor = block(x, bias(block), *encoder)
+    return out
+
+
 class _Stack(nn.Module):
     """What encoder and decoder share: embedding, blocks, final norm and the position tables."""
 
@@ -123,16 +130,24 @@ class _Stack(nn.Module):
             self.block(dim, dim_attn, dim_ffn, num_heads, num_buckets, shared_pos, dropout) for _ in range(num_layers)
         )
         self.norm = T5LayerNorm(dim)
+        self.run_block: Callable[..., Tensor] = call_block
         self.apply(init_weights)
+
+    def all_blocks(self) -> list[nn.Module]:
+        """The layers in the order they run."""
+        return list(self.blocks)
 
     def run(self, ids: Tensor, visible: Tensor | None, *encoder: Tensor | None) -> Tensor:
         """Token numbers [B, S] -> hidden states [B, S, D]; `visible` [1 or B, 1, S, S] is False where keys hide."""
         x = self.dropout(self.token_embedding(ids))
-        tables = [self.pos_embedding or block.pos_embedding for block in self.blocks]
-        buckets = tables[0].buckets(ids.shape[1], ids.shape[1])
-        for block, table in zip(self.blocks, tables, strict=True):
-            bias = table(buckets)
-            x = block(x, bias if visible is None else hide(bias, visible), *encoder)
+        buckets = relative_buckets(ids.shape[1], ids.shape[1], self.num_buckets, self.bidirectional).to(x.device)
+
+        def bias(block: nn.Module) -> Tensor:
+            positions = (self.pos_embedding or block.pos_embedding)(buckets)
+            return positions if visible is None else hide(positions, visible)
+
+        for block in self.blocks:
+            x = self.run_block(block, x, bias, *encoder)
         return self.dropout(self.norm(x))
 
 

@@ -113,13 +113,8 @@ class T5RelativeEmbedding(nn.Module):
         self.bidirectional = bidirectional
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
-    def buckets(self, num_queries: int, num_keys: int) -> Tensor:
-        """Table rows [num_queries, num_keys], the same for every layer of a network, on the table's device."""
-        rows = relative_buckets(num_queries, num_keys, self.num_buckets, self.bidirectional)
-        return rows.to(self.embedding.weight.device)
-
     def forward(self, buckets: Tensor) -> Tensor:
-        """The bias [1, N, num_queries, num_keys] for `buckets`."""
+        """The bias [1, N, num_queries, num_keys] for `relative_buckets`, the same for every layer of a network."""
         return self.embedding(buckets).permute(2, 0, 1).unsqueeze(0).contiguous()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wan.engine.optimizations.attention import Attention
 from wan.engine.optimizations.attention_guidance import NAG, EnhanceVideo, SkipLayers
 from wan.engine.optimizations.batched_cfg import BatchedCFG
+from wan.engine.optimizations.block_swap import BlockSwap
 from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.context_windows import ContextWindows
 from wan.engine.optimizations.dtype import Precision
@@ -14,15 +15,16 @@ from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministi
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.riflex import RIFLEx
 from wan.engine.optimizations.step_cache import StepCache
+from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "APG", "Attention", "BatchedCFG", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows", "CudnnBenchmark",
-    "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload", "Precision", "RIFLEx",
-    "SkipLayers", "StepCache", "T5CPU", "TF32", "VAECPU", "VAETiling", "registry",
+    "APG", "Attention", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows",
+    "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload",
+    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAETiling", "registry",
 ]  # fmt: skip
 
 

@@ -128,12 +128,13 @@ def load_into(
     weights: Iterable[tuple[str, Tensor]],
     *,
     dtype: Callable[[str], torch.dtype | None],
-    place: Callable[[str, Tensor], torch.device],
+    place: Callable[[str, Tensor], torch.device | Tensor],
 ) -> None:
     """Make the tensors of `weights` the parameters and buffers of `module`, which is on the meta device.
 
     `dtype` gives the storage dtype of a key (None: as it comes; only floating tensors are converted), `place` where
-    it lands. Raises one BadCheckpoint naming every kind of key that does not fit.
+    it lands: a device, or the very tensor it is written into. Raises one BadCheckpoint naming every kind of key that
+    does not fit.
     """
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     found: dict[str, Tensor] = {}
@@ -198,9 +199,11 @@ def _buffer(num_bytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
-def _settle(tensor: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+def _settle(tensor: Tensor, dtype: torch.dtype | None, where: torch.device | Tensor) -> Tensor:
+    if isinstance(where, Tensor):
+        return where.copy_(tensor)
     # To the device first: a GPU converts much faster than the CPU. What stays in place is not copied at all.
-    moved = tensor.to(device)
+    moved = tensor.to(where)
     return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
 
