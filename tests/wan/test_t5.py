@@ -256,7 +256,7 @@ class _Watch(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm", "bmm", "linear", "matmul"):
             self.products |= {arg.dtype for arg in args if isinstance(arg, torch.Tensor)}
-        if name == "_to_copy" and args[0].ndim == 2:
+        if name in ("_to_copy", "to") and args[0].ndim == 2 and args[0].dtype is torch.bfloat16:
             self.converted.append(args[0].shape)
         return func(*args, **(kwargs or {}))
 
