@@ -9,13 +9,13 @@ import re
 import shutil
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import wan
 from wan.cli.generate import main
@@ -138,10 +138,10 @@ class Moves:
     def __init__(self) -> None:
         self.entered: list[str] = []
 
-    def to_device(self, name: str, module: nn.Module, device: torch.device) -> None:
+    def to_device(self, name: str, tensors: Sequence[Tensor], device: torch.device) -> None:
         self.entered.append(name)
 
-    def to_host(self, name: str, module: nn.Module) -> None: ...
+    def to_host(self, name: str, tensors: Sequence[Tensor]) -> None: ...
 
 
 @pytest.mark.parametrize(("jobs", "batch", "swaps"), [(4, 4, 2), (4, 2, 4), (4, 1, 8)])
