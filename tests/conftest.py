@@ -65,7 +65,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete two-expert checkpoint folder in the published layout, 4 MB of random float32 weights."""
     from wan.modules.model import WanModel
     from wan.modules.t5 import T5Encoder
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     folder = tmp_path_factory.mktemp("tiny") / "Tiny-T2V-A14B"
     with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,8 @@ def save_checkpoint(folder: Path, tokenizer: Path) -> Path:
     """All of Wan2.2-S2V-14B's folder."""
     from wan.modules.s2v import WanModel_S2V
     from wan.modules.t5 import T5Encoder
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

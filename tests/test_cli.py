@@ -101,7 +101,10 @@ REFUSED = [
     ([*DUMMY, "--save_file", "/proc/there/clip.mp4"], r"--save_file: cannot write into '/proc/there'"),
     ([*DUMMY[:-2], "--device", "tpu9"], r"--device 'tpu9' is not a device"),
     ([*DUMMY[:-2], "--device", "meta"], r"--device 'meta': use cpu, cuda or cuda:N"),
-    ([*DUMMY, "--vae_tiling", "--vae_tile", "8"], r"VAE tiles of 8 .* 8 .*--vae_tile_overlap.* less than --vae_tile;"),
+    (
+        [*DUMMY, "--vae_tiling", "--vae_tile_size", "8"],
+        r"VAE tiles of 8 .* 8 .*--vae_tile_overlap.* less than --vae_tile_size;",
+    ),
     ([*DUMMY, "--preset", "quick"], r"--preset 'quick' is unknown: use none, auto.*cpu.*FILE\.toml"),
     ([*DUMMY, "--preset", "mine.toml"], r"--preset 'mine\.toml': there is no such file"),
     (["--task", "t2i-14B", "--load_format", "dummy", "--frame_num", "5"], r"t2i-14B makes one image"),

@@ -21,8 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 from demo import scenes  # noqa: E402
 
 from wan.engine.types import Tiling  # noqa: E402
-from wan.modules.vae import VAE_2_1, VAE_2_2, WanVAEModel, load_vae  # noqa: E402
+from wan.modules.vae import WanVAEModel, load_vae  # noqa: E402
 from wan.modules.vae_blocks import FrameCache  # noqa: E402
+from wan.modules.vae_config import VAE_2_1, VAE_2_2  # noqa: E402
 from wan.modules.vae_tiling import cut  # noqa: E402
 
 SETTINGS = [(16, 8), (16, 4), (16, 2), (16, 0)]

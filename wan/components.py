@@ -22,7 +22,8 @@ from wan.modules.clip import ImageTower, build_clip
 from wan.modules.model import WanModel
 from wan.modules.t5 import build_text_encoder, umt5_xxl
 from wan.modules.tokenizers import HuggingfaceTokenizer
-from wan.modules.vae import VAE_2_1, VAE_2_2, WanVAEModel, build_vae
+from wan.modules.vae import WanVAEModel, build_vae
+from wan.modules.vae_config import VAE_2_1, VAE_2_2
 
 
 @dataclass(frozen=True)

@@ -428,7 +428,7 @@ REFUSED: list[tuple[list[str | dict[str, Any]], list[str], str]] = [
     ([{"prompt": "a"}, {"prompt": "b", "name": "{nothing}"}], [], r"line 2: --name .*no field 'nothing'"),
     ([{"prompt": "a"}, {"prompt": "b", "save_file": "b.avi"}], [], r"line 2: .*'b\.avi'"),
     ([{"prompt": "a"}, {"prompt": "b", "seed": 2**64}], [], r"line 2: --base_seed \d+: the largest seed"),
-    ([{"prompt": "a"}, {"prompt": "b", "vae_tiling": True, "vae_tile": 4}], [], r"line 2: VAE tiles of 4"),
+    ([{"prompt": "a"}, {"prompt": "b", "vae_tiling": True, "vae_tile_size": 4}], [], r"line 2: VAE tiles of 4"),
 ]  # fmt: skip
 
 

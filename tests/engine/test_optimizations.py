@@ -36,7 +36,7 @@ UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
     "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": None,
     "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
-    "vae_tiling": False, "vae_tile": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
+    "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
     "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
@@ -350,7 +350,7 @@ def test_a_backend_this_machine_lacks_is_refused_before_anything_is_read(tiny_co
 def test_vae_tiling_decodes_the_same_latents_in_tiles_for_one_call_or_all(
     tiny_checkpoint: Path, tiny_config: Any
 ) -> None:
-    tiles = {"vae_tile": 6, "vae_tile_overlap": 2}
+    tiles = {"vae_tile_size": 6, "vae_tile_overlap": 2}
     call: Settings = {"size": (64, 48), "frame_num": 5, "sampling_steps": 1, "seed": 1, "offload_model": None}
     pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", vae_tiling=True, **tiles)
     tiled = pipe.generate("a red bird", **call)

@@ -21,7 +21,8 @@ from wan.engine.roofline import (
 )
 from wan.engine.types import Condition
 from wan.modules.model import WanModel
-from wan.modules.vae import VAEConfig, WanVAEModel
+from wan.modules.vae import WanVAEModel
+from wan.modules.vae_config import VAEConfig
 
 H100 = next(card for card in CARDS if card.name == "H100")
 SHARED = {"out_channels": 16, "text_len": 512, "text_dim": 4096}

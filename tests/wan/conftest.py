@@ -30,7 +30,8 @@ def networks() -> Networks:
     """Two experts of the published head width, a text encoder and a VAE, with random weights."""
     from wan.modules.model import WanModel
     from wan.modules.t5 import T5Encoder
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     made: Networks = {}
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from wan.conditioning.control import control_latents, mask_channels, nearest_frames, on_canvas
 from wan.engine.errors import BadRequest
-from wan.modules.vae import VAEConfig, WanVAEModel
+from wan.modules.vae import WanVAEModel
+from wan.modules.vae_config import VAEConfig
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,8 @@ from wan.conditioning.image import (
 )
 from wan.engine.errors import BadRequest
 from wan.engine.types import Encoders
-from wan.modules.vae import VAEConfig, WanVAEModel
+from wan.modules.vae import WanVAEModel
+from wan.modules.vae_config import VAEConfig
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

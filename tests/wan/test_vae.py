@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wan.engine.errors import BadCheckpoint, BadRequest
-from wan.modules.vae import VAE_2_1, VAE_2_2, VAEConfig, WanVAE, WanVAEModel, build_vae
+from wan.modules.vae import WanVAE, WanVAEModel, build_vae
 from wan.modules.vae2_1 import Wan2_1_VAE
 from wan.modules.vae2_2 import Wan2_2_VAE
 from wan.modules.vae_blocks import FrameCache
+from wan.modules.vae_config import VAE_2_1, VAE_2_2, VAEConfig
 
 # float32 against float32: only the order of sums differs.
 FLOAT32 = 1e-5

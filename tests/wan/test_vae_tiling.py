@@ -20,8 +20,9 @@ from demo import scenes
 
 from wan.engine.errors import BadRequest  # noqa: E402
 from wan.engine.types import Tiling  # noqa: E402
-from wan.modules.vae import VAEConfig, WanVAEModel, load_vae  # noqa: E402
+from wan.modules.vae import WanVAEModel, load_vae  # noqa: E402
 from wan.modules.vae_blocks import FrameCache  # noqa: E402
+from wan.modules.vae_config import VAEConfig  # noqa: E402
 from wan.modules.vae_tiling import blend, cut  # noqa: E402
 
 # float32 against float32: oneDNN sums in another order for another shape.
@@ -237,5 +238,5 @@ def test_tiles_cover_every_pixel_and_their_weights_add_to_one(length: int, tile:
 
 @pytest.mark.parametrize(("tile", "overlap"), [(8, 8), (8, 9), (0, 0), (8, -1), (-3, -4)])
 def test_tiles_that_cannot_be_are_refused_with_flags_and_values(tile: int, overlap: int) -> None:
-    with pytest.raises(BadRequest, match=rf"{tile} .*{overlap} .*--vae_tile_overlap.*--vae_tile"):
+    with pytest.raises(BadRequest, match=rf"{tile} .*{overlap} .*--vae_tile_overlap.*--vae_tile_size"):
         Tiling(tile=tile, overlap=overlap)

@@ -36,8 +36,9 @@ _PATHS = (*FILES, *(flag.name for flag in FLAGS if flag.is_file))
 
 OTHERS = ("any_size", "load_format", "fps", "crf")
 
-# How finished latents are decoded may change, also in a resumed run: they are safe, and memory may be what ran out.
-_DECODING = ("vae_tiling", "vae_tile", "vae_tile_overlap", "vae_tile_park")
+# How the VAE works may change, also in a resumed run: finished latents are safe, and memory or float16's range may be
+# what ran out.
+_VAE = ("vae_dtype", "vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_tile_park")
 
 # Changes the file, not the frames in it.
 _WITHOUT_EFFECT = ("python", "imageio-ffmpeg")
@@ -72,7 +73,7 @@ def apply(args: argparse.Namespace, record: Mapping[str, Any], *, source: str, s
             if value is not None and name not in skipped and _needed(args, name, value):
                 setattr(args, name, _present(name, value, source))
         elif not _same(name, spelled, value):
-            if strict and (name in PIXELS or (_changes_bits(name) and name not in _DECODING)):
+            if strict and (name in PIXELS or (_changes_bits(name) and name not in _VAE)):
                 raise _contradiction(_said(args, name), name, value, source)
             different.append(f"{_said(args, name)} instead of {_text(value)}")
     return different

@@ -19,6 +19,7 @@ from wan.conditioning.geometry import multiples, nearest_size
 from wan.conditioning.image import known_mask, load_image, pixels_of
 from wan.conditioning.video import CHUNK, Source, fit, open_video, read_frames
 from wan.engine.errors import BadRequest
+from wan.engine.types import Tiling
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -133,7 +134,14 @@ def faces(source: Source, numbers: Sequence[int]) -> Tensor:
     return fit(_frames(source, numbers), source.height, source.width)[None]
 
 
-def encode_clip(vae: Any, source: Source, numbers: Sequence[int], given: Tensor | None = None) -> Tensor:
+def encode_clip(
+    vae: Any,
+    source: Source,
+    numbers: Sequence[int],
+    given: Tensor | None = None,
+    *,
+    tiling: Tiling | None = None,
+) -> Tensor:
     """[1, z, T, h, w] latents of the frames of those numbers; `given` [3, n, H, W] take the place of the first ones."""
     weight = next(vae.parameters())
     pixels = _frames(source, numbers)
@@ -149,10 +157,12 @@ def encode_clip(vae: Any, source: Source, numbers: Sequence[int], given: Tensor 
             start += len(piece)
 
     blank = weight.new_zeros(1, 3, CHUNK, source.height, source.width)
-    return torch.cat(list(vae.encode_stream(chunks(), blank)), dim=2)
+    return torch.cat(list(vae.encode_stream(chunks(), blank, tiling=tiling)), dim=2)
 
 
-def surroundings(vae: Any, sources: Sources, numbers: Sequence[int], before: Tensor | None) -> Tensor:
+def surroundings(
+    vae: Any, sources: Sources, numbers: Sequence[int], before: Tensor | None, tiling: Tiling | None = None
+) -> Tensor:
     """[1, 4 + z, T, h, w]: which pixels of a clip are given (1), and the latents of those that are.
 
     Given are the frames `before` [3, n, H, W], which the clip begins with, and what of the background the mask leaves.
@@ -162,10 +172,10 @@ def surroundings(vae: Any, sources: Sources, numbers: Sequence[int], before: Ten
     if sources.background is None or sources.mask is None:
         blank = weight.new_zeros(1, 3, sources.pose.height, sources.pose.width)
         frames = {n: before[None, :, n].to(weight) for n in range(first)} if before is not None else {0: blank}
-        latents: Tensor = vae.encode_sparse(frames, len(numbers))
+        latents: Tensor = vae.encode_sparse(frames, len(numbers), tiling=tiling)
         mask = known_mask(range(first), len(numbers), *latents.shape[3:], rate=CHUNK)
     else:
-        latents = encode_clip(vae, sources.background, numbers, before)
+        latents = encode_clip(vae, sources.background, numbers, before, tiling=tiling)
         mask = _left_by(sources.mask, numbers, first)
     return torch.cat((mask[None].to(latents), latents), dim=1)
 

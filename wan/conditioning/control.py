@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan.conditioning.video import CHUNK, Clip
 from wan.engine.errors import BadRequest
+from wan.engine.types import Tiling
 
 __all__ = ["MASK_CELL", "check_control", "control_latents", "mask_channels", "nearest_frames", "on_canvas", "shape_of"]
 
@@ -29,7 +30,12 @@ Video = Tensor | Clip
 
 
 def control_latents(
-    vae: Any, frames: Video | None, mask: Video | None, refs: Sequence[Tensor], shape: tuple[int, int, int]
+    vae: Any,
+    frames: Video | None,
+    mask: Video | None,
+    refs: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """[1, 2z + 64, len(refs) + t, h, w]: latents of what stays, of what is made anew, and the mask.
 
@@ -54,11 +60,11 @@ def control_latents(
 
     left, right = tee(parts())
     grey = weight.new_zeros(1, 3, CHUNK, *shape[1:])
-    stays = vae.encode_stream((part[0] for part in left), grey)
-    anew = vae.encode_stream((part[1] for part in right), grey)
+    stays = vae.encode_stream((part[0] for part in left), grey, tiling=tiling)
+    anew = vae.encode_stream((part[1] for part in right), grey, tiling=tiling)
     latents = torch.cat([torch.cat(pair, dim=1).float() for pair in zip(stays, anew, strict=True)], dim=2)
     control = torch.cat((latents, mask_channels(torch.stack(masks))[None].float()), dim=1)
-    return torch.cat((*(_reference(vae, ref, control.shape[1]) for ref in refs), control), dim=2)
+    return torch.cat((*(_reference(vae, ref, control.shape[1], tiling) for ref in refs), control), dim=2)
 
 
 def mask_channels(mask: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def _pieces(video: Video | None, channels: int, fill: float, shape: tuple[int, i
     return iter(video.split(lengths, dim=1))
 
 
-def _reference(vae: Any, image: Tensor, channels: int) -> Tensor:
+def _reference(vae: Any, image: Tensor, channels: int, tiling: Tiling | None) -> Tensor:
     """[1, C, 1, h, w]: one latent frame that stays, without a mask."""
-    latents = vae.encode(image[None].to(next(vae.parameters()))).float()
+    latents = vae.encode(image[None].to(next(vae.parameters())), tiling=tiling).float()
     return F.pad(latents, (0, 0, 0, 0, 0, 0, 0, channels - latents.shape[1]))

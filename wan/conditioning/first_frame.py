@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wan.conditioning.image import pixels_of, to_rgb
-from wan.engine.types import Known
+from wan.engine.types import Encoders, Known
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,9 +27,11 @@ def cover(image: Image, width: int, height: int) -> Tensor:
     return pixels_of(scaled.crop((left, top, left + width, top + height)))[:, None]
 
 
-def known_first_frame(vae: Any, frame: Tensor, latent_shape: tuple[int, int, int, int], device: torch.device) -> Known:
+def known_first_frame(encoders: Encoders, frame: Tensor, latent_shape: tuple[int, int, int, int]) -> Known:
     """Latents of `frame` [3, 1, H, W], known in the first latent frame of `latent_shape` (C, T, h, w)."""
-    latents = vae.encode(frame[None].to(next(vae.parameters()))).to(device, torch.float32)
+    with encoders.use("vae") as vae:
+        latents = vae.encode(frame[None].to(next(vae.parameters())), tiling=encoders.tiling)
+    latents = latents.to(encoders.device, torch.float32)
     channels, count, rows, columns = latent_shape
     whole = latents.new_zeros(1, channels, count, rows, columns)
     whole[:, :, :1] = latents

@@ -196,7 +196,8 @@ def image_channels(encoders: Encoders, frames: Mapping[int, Tensor], num_frames:
     """
     with encoders.use("vae") as vae:
         device = next(vae.parameters()).device
-        latents = vae.encode_sparse({number: frame.to(device)[None] for number, frame in frames.items()}, num_frames)
+        given = {number: frame.to(device)[None] for number, frame in frames.items()}
+        latents = vae.encode_sparse(given, num_frames, tiling=encoders.tiling)
     latents = latents.to(encoders.device, torch.float32)
     mask = known_mask(list(frames), num_frames, *latents.shape[3:], rate=encoders.config.vae_stride[0])
     return torch.cat([mask[None].to(latents), latents], dim=1)

@@ -125,7 +125,7 @@ class Planner:
                 {"ffn_rows": rows, "attention_rows": rows},
             ],
             [{"use_batched_cfg": False}, {"use_batched_cfg": True}],
-            [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile": tile} for tile in TILES)],
+            [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile_size": tile} for tile in TILES)],
         )
         for rungs in itertools.product(*map(self._allowed, ladders)):
             yield {name: value for rung in rungs for name, value in rung.items()}

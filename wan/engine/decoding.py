@@ -40,7 +40,7 @@ class Attempt:
     device: str | None = None
 
     def __str__(self) -> str:
-        how = f"in tiles of {self.tiling.tile * 8} pixels" if self.tiling else "whole"
+        how = f"in tiles of {self.tiling.tile} latent pixels" if self.tiling else "whole"
         return f"{how} on the CPU" if self.device == "cpu" else how
 
 

@@ -95,7 +95,7 @@ class Engine:
         self._hooks.posts.append(post)
 
     def set_tiling(self, tiling: Tiling | None) -> None:
-        """Decode the coming run in tiles, None for whole frames."""
+        """Encode and decode the coming run in tiles, None for whole frames."""
         self._hooks.tiling = tiling
 
     def during_run(self, setting: Callable[[], AbstractContextManager[None]]) -> None:

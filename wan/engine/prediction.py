@@ -85,7 +85,7 @@ class Video:
 PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
-    "vae_tile": 32, "vae_tile_overlap": 8, "compile": False,
+    "vae_tile_size": 32, "vae_tile_overlap": 8, "compile": False,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it."""
 
@@ -242,7 +242,7 @@ def _text_seconds(net: TextEncoder, video: Video, card: Card, given: Mapping[str
 
 
 def _tile(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    return (given["vae_tile"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
+    return (given["vae_tile_size"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
 
 
 @lru_cache(maxsize=256)

@@ -157,7 +157,7 @@ class GroupRun:
         request = job.request
         encoders = Encoders(
             use=self._encoder, where=self.engine.placement.device_of, device=self.engine.device, config=job.config,
-            embeddings=self.engine.embeddings, memo=each.memo,
+            embeddings=self.engine.embeddings, tiling=self.hooks.tiling, memo=each.memo,
         )  # fmt: skip
         each.run, each.latents = None, keeper.finished(each.index) if keeper else None
         # Also of a shot that is only decoded: the next one's noise comes after it.

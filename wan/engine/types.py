@@ -274,9 +274,9 @@ class Progress(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Decode in tiles of at most `tile` x `tile` latent pixels that share `overlap` of them with their neighbours.
+    """Code in tiles of at most `tile` x `tile` latent pixels that share `overlap` of them with their neighbours.
 
-    `park` keeps what each tile remembers of earlier frames in RAM while other tiles are decoded. On the device all of
+    `park` keeps what each tile remembers of earlier frames in RAM while other tiles are computed. On the device all of
     them together are larger than what a whole frame remembers. Raises BadRequest.
     """
 
@@ -288,7 +288,7 @@ class Tiling:
         if not 0 <= self.overlap < self.tile:
             raise BadRequest(
                 f"VAE tiles of {self.tile!r} latent pixels cannot share {self.overlap!r} with their neighbours: "
-                "--vae_tile_overlap must be at least 0 and less than --vae_tile; 32 and 8 are the defaults"
+                "--vae_tile_overlap must be at least 0 and less than --vae_tile_size; 32 and 8 are the defaults"
             )
 
 
@@ -323,6 +323,8 @@ class Encoders:
     device: torch.device
     config: Any
     embeddings: Embeddings | None = None
+    tiling: Tiling | None = None
+    """How the VAE is to encode; None: whole frames."""
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: str, fn: Callable[[], Any]) -> Any:

@@ -59,8 +59,8 @@ def character_branches(request: Request, shot: Shot, encoders: Encoders) -> dict
     context: Tensor = encoders.once("text", lambda: embed(encoders, [request.negative_prompt, request.prompt]))
     image, reference = encoders.once("reference", lambda: _reference(request, encoders))
     with encoders.use("vae") as vae:
-        pose = encode_clip(vae, sources.pose, numbers).to(encoders.device, torch.float32)
-        rest = surroundings(vae, sources, numbers, shot.before).to(encoders.device, torch.float32)
+        pose = encode_clip(vae, sources.pose, numbers, tiling=encoders.tiling).to(encoders.device, torch.float32)
+        rest = surroundings(vae, sources, numbers, shot.before, encoders.tiling).to(encoders.device, torch.float32)
     aligned = led_by_reference(pose, faces(sources.face, numbers).to(encoders.device))
     cond = AnimateCondition(
         context=context[1:], channels=torch.cat((reference, rest), dim=2), image=image, pose=aligned["pose"],
@@ -75,7 +75,7 @@ def _reference(request: Request, encoders: Encoders) -> tuple[Tensor, Tensor]:
     pixels = letterboxed(request.inputs.sources.reference, request.width, request.height)
     image = look_at(encoders, [pixels])
     with encoders.use("vae") as vae:
-        latents: Tensor = vae.encode(pixels[None, :, None].to(next(vae.parameters())))
+        latents: Tensor = vae.encode(pixels[None, :, None].to(next(vae.parameters())), tiling=encoders.tiling)
     latents = latents.to(encoders.device, torch.float32)
     return image, torch.cat((torch.ones_like(latents[:, :1]).expand(-1, 4, -1, -1, -1), latents), dim=1)
 

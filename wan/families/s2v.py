@@ -120,7 +120,7 @@ def _pose(request: Request, encoders: Encoders, begin: int) -> Tensor | None:
 def _latents(encoders: Encoders, frames: Tensor) -> Tensor:
     """float32 [1, C, T, h, w] on the engine's device, of frames [3, N, H, W]."""
     with encoders.use("vae") as vae:
-        latents: Tensor = vae.encode(frames[None].to(next(vae.parameters())))
+        latents: Tensor = vae.encode(frames[None].to(next(vae.parameters())), tiling=encoders.tiling)
     return latents.to(encoders.device, torch.float32)
 
 

@@ -31,8 +31,7 @@ def first_frame(request: Request, shot: Shot, encoders: Encoders) -> Known | Non
     first = None if request.inputs is None else request.inputs.first
     if first is None:
         return None
-    with encoders.use("vae") as vae:
-        return known_first_frame(vae, first, shot.latent_shape, encoders.device)
+    return known_first_frame(encoders, first, shot.latent_shape)
 
 
 def next_shot(request: Request, config: Any, index: int, carry: Tensor | None) -> Shot | None:

@@ -37,7 +37,7 @@ def control_branches(request: Request, shot: Shot, encoders: Encoders) -> dict[s
     context = embed(encoders, [request.negative_prompt, request.prompt])
     with encoders.use("vae") as vae:
         size = request.num_frames, request.height, request.width
-        control = control_latents(vae, given.frames, given.mask, given.refs, size).to(encoders.device)
+        control = control_latents(vae, given.frames, given.mask, given.refs, size, encoders.tiling).to(encoders.device)
     scale = torch.full((1,), float(given.context_scale), device=encoders.device)
     branch = VaceCondition(context=context[:1], control=control, control_scale=scale)
     return {"uncond": branch, "cond": dataclasses.replace(branch, context=context[1:], memo={})}

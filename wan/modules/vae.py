@@ -8,17 +8,14 @@ Shapes: B batch, C latent channels, T video frames, H video height, W video widt
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.errors import BadCheckpoint, BadRequest, NonFinite
 from wan.engine.types import Tiling
 from wan.engine.weights.stream import load_into, open_weights
 from wan.modules.vae_blocks import (
@@ -37,62 +34,10 @@ from wan.modules.vae_blocks import (
     residual_blocks,
     unfold,
 )
-from wan.modules.vae_sparse import encode_chunks
+from wan.modules.vae_config import VAE_2_1, VAEConfig
+from wan.modules.vae_sparse import ChunkEncoder
 from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
-from wan.modules.vae_tiling import decode_tiled
-
-
-@dataclass(frozen=True, kw_only=True)
-class VAEConfig:
-    """The numbers that make a Wan VAE; the defaults are VAE 2.1."""
-
-    z_dim: int = 16
-    encoder_dim: int = 96
-    decoder_dim: int = 96
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_down: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 1
-    grouped: bool = False
-    """Levels in groups with a shortcut around each (2.2) instead of one flat list (2.1)."""
-
-    @classmethod
-    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> VAEConfig:
-        """Read from the shapes of a state dict with upstream's keys; raises BadCheckpoint if it is no Wan VAE."""
-        pattern = re.compile(
-            r"encoder\.downsamples\.(\d+)(?:\.downsamples\.(\d+))?\.(?:residual\.2|resample\.1)\.weight"
-        )
-        found = [match for key in shapes if (match := pattern.fullmatch(key))]
-        found.sort(key=lambda match: (int(match[1]), int(match[2] or 0)))
-        widths: list[list[int]] = [[]]
-        temporal: list[bool] = []
-        for match in found:
-            if ".resample." in match[0]:
-                temporal.append(match[0].replace("resample.1", "time_conv") in shapes)
-                widths.append([])
-            else:
-                widths[-1].append(shapes[match[0]][0])
-        try:
-            base, pixels = shapes["encoder.conv1.weight"][:2]
-            return cls(
-                z_dim=shapes["conv2.weight"][0],
-                encoder_dim=base,
-                decoder_dim=shapes["decoder.head.0.gamma"][0],
-                dim_mult=tuple(level[0] // base for level in widths),
-                num_res_blocks=len(widths[0]),
-                temporal_down=tuple(temporal),
-                patch_size=math.isqrt(pixels // 3),
-                grouped=found[0][2] is not None,
-            )
-        except (KeyError, IndexError) as missing:
-            raise BadCheckpoint(
-                f"not a Wan VAE: {missing} is not in its {len(shapes)} tensors; "
-                "pass Wan2.1_VAE.pth, Wan2.2_VAE.pth or a file with the same keys"
-            ) from missing
-
-
-VAE_2_1 = VAEConfig()
-VAE_2_2 = VAEConfig(z_dim=48, encoder_dim=160, decoder_dim=256, patch_size=2, grouped=True)
+from wan.modules.vae_tiling import decode_tiled, encode_tiled
 
 
 class Encoder3d(Causal):
@@ -219,35 +164,54 @@ class WanVAEModel(nn.Module):
             )
 
     def encode(
-        self, video: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
+        self,
+        video: Tensor,
+        scale: Sequence[Tensor] | None = None,
+        *,
+        frames_per_chunk: int | None = 1,
+        tiling: Tiling | None = None,
     ) -> Tensor:
         """Normalised latents [B, z, t, h, w] of a video [B, 3, T, H, W] in -1..1, T = 1 + 4n.
 
         `frames_per_chunk` latent frames are computed at a time (None: the whole clip, the way to train); the result
-        is the same. `scale` replaces the module's [mean, 1 / std]. Raises BadRequest on sizes that would be cut.
+        is the same. `scale` replaces the module's [mean, 1 / std]. With `tiling` they are computed one by one, tile by
+        tile: see `decode_chunks`. Raises BadRequest on sizes that would be cut.
         """
         self.check_video(*video.shape[2:])
         time, _, _ = self.stride
+        video = video.to(self.conv1.weight.dtype)
+        if self._needs_tiles(tiling, video.shape[3:]):
+            pieces = video.split([1, *[time] * (video.shape[2] // time)], dim=2)
+            blank = torch.zeros_like(video[:, :, :1]).expand(-1, -1, time, -1, -1)
+            return torch.cat(list(self.encode_stream(pieces, blank, scale, tiling=tiling)), dim=2)
         chunk = frames_per_chunk or video.shape[2]
         cache = FrameCache() if chunk * time < video.shape[2] else None
         ends = range(1 + (chunk - 1) * time, video.shape[2] + chunk * time, chunk * time)
         means, start = [], 0
         for end in ends:
-            frames = self._to_patches(video[:, :, start:end].to(self.conv1.weight.dtype))
-            means.append(self.conv1(self.encoder(frames, cache)).chunk(2, dim=1)[0])
+            means.append(self.conv1(self.encoder(self._to_patches(video[:, :, start:end]), cache)))
             start = end
-        mean, inverse_std = self._scale(scale)
-        return (torch.cat(means, dim=2) - mean) * inverse_std
+        return self._normalised(torch.cat(means, dim=2), scale)
 
-    def encode_stream(self, chunks: Iterable[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
+    def encode_stream(
+        self,
+        chunks: Iterable[Tensor | None],
+        blank: Tensor,
+        scale: Sequence[Tensor] | None = None,
+        *,
+        tiling: Tiling | None = None,
+    ) -> Iterator[Tensor]:
         """`encode`, to the bit, of one frame, then fours of them [B, 3, 4, H, W]; None, at little cost, is `blank`."""
         e = self.encoder
-        stages = [self._to_patches, e.conv1, *e.downsamples, *e.middle, e.head, self.conv1]
-        mean, inverse_std = self._scale(None)
-        for each in encode_chunks(stages, chunks, blank):
-            yield (each.chunk(2, dim=1)[0] - mean) * inverse_std
+        shrink, rest = [self._to_patches, e.conv1, *e.downsamples], [*e.middle, e.head, self.conv1]
+        if tiling is not None and self._needs_tiles(tiling, blank.shape[3:]):
+            encoded = encode_tiled(shrink, rest, chunks, blank, self.stride[1], tiling)
+        else:
+            encoded = map(ChunkEncoder([*shrink, *rest], blank), chunks)
+        for each in encoded:
+            yield self._normalised(each, scale)
 
-    def encode_sparse(self, frames: Mapping[int, Tensor], num_frames: int) -> Tensor:
+    def encode_sparse(self, frames: Mapping[int, Tensor], num_frames: int, *, tiling: Tiling | None = None) -> Tensor:
         """`encode`, to the bit, of a video 0 but for the `frames` [B, 3, H, W] given by number, in less work."""
         blank = torch.zeros_like(next(iter(frames.values())))
         self.check_video(num_frames, *blank.shape[2:])
@@ -258,7 +222,7 @@ class WanVAEModel(nn.Module):
         time = self.stride[0]
         spans = [(0, 1), *((start, start + time) for start in range(1, num_frames, time))]
         chunks = [chunk(*span) if not span[0] or any(n in frames for n in range(*span)) else None for span in spans]
-        return torch.cat(list(self.encode_stream(chunks, chunk(-time, 0))), dim=2)
+        return torch.cat(list(self.encode_stream(chunks, chunk(-time, 0), tiling=tiling)), dim=2)
 
     def decode_chunks(
         self,
@@ -278,11 +242,11 @@ class WanVAEModel(nn.Module):
         z = self.conv2((latents / inverse_std + mean).to(self.conv2.weight.dtype))
         chunk = frames_per_chunk or z.shape[2]
         if tiling is not None and max(z.shape[3:]) > tiling.tile:
-            yield from map(self._to_pixels, decode_tiled(self.decoder, z, chunk, tiling))
-            return
-        cache = FrameCache() if chunk < z.shape[2] else None
-        for part in z.split(chunk, dim=2):
-            yield self._to_pixels(self.decoder(part, cache))
+            decoded = decode_tiled(self.decoder, z, chunk, tiling)
+        else:
+            cache = FrameCache() if chunk < z.shape[2] else None
+            decoded = (self.decoder(part, cache) for part in z.split(chunk, dim=2))
+        yield from map(checked, map(self._to_pixels, decoded))
 
     def decode(
         self, latents: Tensor, scale: Sequence[Tensor] | None = None, *, frames_per_chunk: int | None = 1
@@ -294,6 +258,15 @@ class WanVAEModel(nn.Module):
         """(reconstruction, latents) of a whole clip in one differentiable pass."""
         latents = self.encode(video, frames_per_chunk=None)
         return self.decode(latents, frames_per_chunk=None), latents
+
+    def _needs_tiles(self, tiling: Tiling | None, size: Sequence[int]) -> bool:
+        """Whether a video of (height, width) is larger than a tile."""
+        return tiling is not None and max(size) > tiling.tile * self.stride[1]
+
+    def _normalised(self, moments: Tensor, scale: Sequence[Tensor] | None) -> Tensor:
+        """float32 latents of the encoder's means, which come before its variances."""
+        mean, inverse_std = self._scale(scale)
+        return (checked(moments).chunk(2, dim=1)[0] - mean) * inverse_std
 
     def _scale(self, scale: Sequence[Tensor] | None) -> list[Tensor]:
         return [value.view(1, -1, 1, 1, 1) for value in (self.scale if scale is None else scale)]
@@ -310,6 +283,13 @@ class WanVAEModel(nn.Module):
         if size == 1:
             return patches
         return unfold(patches.unflatten(1, (3, 1, size, size)).transpose(3, 4))
+
+
+def checked(x: Tensor) -> Tensor:
+    """x. Raises NonFinite where float16, whose largest value is 65504, did not hold what was computed."""
+    if x.dtype == torch.float16 and not bool(torch.isfinite(x).all()):
+        raise NonFinite("the VAE overflows in float16: pass --vae_dtype bf16 or --vae_dtype fp32")
+    return x
 
 
 def build_vae(shapes: Mapping[str, Sequence[int]]) -> WanVAEModel:

@@ -92,7 +92,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # One sum of squares instead of F.normalize, whose norm over dim 1 is ten times slower on the CPU; the floor
         # is F.normalize's eps 1e-12, squared.
-        square = x.square().sum(dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        # In half precision the squares would overflow (from 256 on in float16), so there it is the norm after all.
+        if x.dtype in (torch.float16, torch.bfloat16):
+            square = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
+        else:
+            square = x.square().sum(dim=1, keepdim=True)
         inverse = (square.clamp_min(1e-24) / x.shape[1]).rsqrt().to(x.dtype)
         return (x * inverse).mul_(self.gamma)
 

@@ -7,9 +7,10 @@ stages that have not settled are computed. The result is the same to the bit, as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 
 from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, DownGroup, Downsample, FrameCache, ResidualBlock
@@ -17,23 +18,32 @@ from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, DownGroup, Downs
 Stage = nn.Module | Callable[[Tensor], Tensor]
 
 
-def encode_chunks(stages: Sequence[Stage], chunks: Iterable[Tensor | None], blank: Tensor) -> Iterator[Tensor]:
-    """The output of all `stages` for each of consecutive chunks [B, C, T, H, W]; None stands for `blank`."""
-    cache = FrameCache()
-    settled = _settled(stages, blank.shape[2])
-    blanks, kept = 0, blank
-    for chunk in chunks:
+class ChunkEncoder:
+    """All `stages` for each of consecutive chunks [B, C, T, H, W] of one video; None stands for `blank`."""
+
+    def __init__(self, stages: Sequence[Stage], blank: Tensor) -> None:
+        self.stages, self.blank = stages, blank
+        self.cache = FrameCache()
+        self.settled = _settled(stages, blank.shape[2])
+        self.blanks, self.kept = 0, blank
+
+    def __call__(self, chunk: Tensor | None) -> Tensor:
         if chunk is not None:
-            blanks, kept = 0, blank
-            yield _through(stages, chunk, cache)
-            continue
-        start, end = _depth(settled, blanks - 1), _depth(settled, blanks)
-        kept = _through(stages[start:end], kept, cache)
-        blanks += 1
-        yield _through(stages[end:], kept, cache)
+            self.blanks, self.kept = 0, self.blank
+            return through(self.stages, chunk, self.cache)
+        start, end = _depth(self.settled, self.blanks - 1), _depth(self.settled, self.blanks)
+        self.kept = through(self.stages[start:end], self.kept, self.cache)
+        self.blanks += 1
+        return through(self.stages[end:], self.kept, self.cache)
+
+    def move(self, device: torch.device | str) -> None:
+        """Keep what is remembered there: parked in RAM while other streams compute."""
+        self.cache.move(device)
+        self.kept = self.kept.to(device)
 
 
-def _through(stages: Sequence[Stage], x: Tensor, cache: FrameCache) -> Tensor:
+def through(stages: Sequence[Stage], x: Tensor, cache: FrameCache) -> Tensor:
+    """The output of all `stages` for the next chunk of a stream."""
     for stage in stages:
         x = stage(x, cache) if isinstance(stage, (Causal, Chain)) else stage(x)
     return x

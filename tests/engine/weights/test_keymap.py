@@ -12,7 +12,8 @@ from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.keymap import DIFFUSERS_DIT, TRANSFORMERS_T5, KeyMap, diffusers_vae, diffusers_vae22
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5Encoder
-from wan.modules.vae import VAE_2_2, VAEConfig, WanVAEModel
+from wan.modules.vae import WanVAEModel
+from wan.modules.vae_config import VAE_2_2, VAEConfig
 
 
 def assert_one_to_one(names: KeyMap, ours: nn.Module, theirs: nn.Module, twice: tuple[str, ...] = ()) -> None:

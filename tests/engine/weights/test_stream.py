@@ -303,7 +303,8 @@ def test_dummy_weights_have_the_modules_dtype_and_a_sane_scale() -> None:
 
 def test_dummy_networks_compute_finite_values_of_order_one() -> None:
     from wan.engine.types import Condition
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     dit = tiny_dit()
     load(dit, dict(dummy_weights(dit)))

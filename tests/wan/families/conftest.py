@@ -38,7 +38,8 @@ def write_checkpoint() -> Write:
 def ti2v_checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Write) -> Path:
     """One expert on VAE 2.2: 48 latent channels, pictures a sixteenth of the size."""
     from wan.modules.model import WanModel
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,7 +54,8 @@ def ti2v_checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: 
 def vace_checkpoint(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Write) -> Path:
     """One expert with a side stack that acts after both its blocks."""
     from wan.modules.vace_model import VaceWanModel
-    from wan.modules.vae import VAEConfig, WanVAEModel
+    from wan.modules.vae import WanVAEModel
+    from wan.modules.vae_config import VAEConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -30,7 +30,8 @@ from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.modules.animate import WanAnimateModel
 from wan.modules.clip import CLIPModel, ImageTower
 from wan.modules.t5 import T5Encoder, T5EncoderModel
-from wan.modules.vae import VAEConfig, WanVAE, WanVAEModel
+from wan.modules.vae import WanVAE, WanVAEModel
+from wan.modules.vae_config import VAEConfig
 from wan.video import verify_video
 from wan.video.ffmpeg import ffmpeg_exe
 

@@ -26,7 +26,8 @@ from wan.layouts import CheckpointFiles
 from wan.modules.clip import CLIPModel, ImageTower
 from wan.modules.model import WanModel
 from wan.modules.t5 import T5Encoder, T5EncoderModel
-from wan.modules.vae import VAEConfig, WanVAE, WanVAEModel
+from wan.modules.vae import WanVAE, WanVAEModel
+from wan.modules.vae_config import VAEConfig
 from wan.video import verify_video
 
 SIZES = {"dim": 48, "ffn_dim": 64, "freq_dim": 32, "num_heads": 2, "num_layers": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import wan
 from wan.conditioning.first_frame import cover, known_first_frame
 from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.types import Encoders
 from wan.utils.utils import best_output_size, masks_like
 
 FLOAT32 = 1e-5  # float32 against float32: only the order of sums differs
@@ -53,7 +55,9 @@ def test_a_picture_is_scaled_to_cover_and_cut_at_the_centre() -> None:
 def test_the_pictures_latents_are_known_in_the_first_latent_frame(pipeline: wan.WanTI2V) -> None:
     vae = pipeline.vae.model
     frame = cover(picture(), 96, 64)
-    known = known_first_frame(vae, frame, (48, 2, 4, 6), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    encoders = Encoders(use=lambda name: nullcontext(vae), where=lambda name: cpu, device=cpu, config=None)
+    known = known_first_frame(encoders, frame, (48, 2, 4, 6))
     z = vae.encode(frame[None])
     noise = torch.randn(48, 2, 4, 6)
     _, [mask] = masks_like([noise], zero=True)

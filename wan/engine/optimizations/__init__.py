@@ -18,13 +18,15 @@ from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.vae_cpu import VAECPU
+from wan.engine.optimizations.vae_dtype import VAEPrecision
 from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
     "APG", "Attention", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows",
     "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload",
-    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAETiling", "registry",
+    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAEPrecision", "VAETiling",
+    "registry",
 ]  # fmt: skip
 
 
