@@ -1,4 +1,4 @@
-"""Prints what decoding in tiles costs in quality (demo VAE, rendered scenes) and saves in memory (published VAEs).
+"""Prints what coding in tiles and in half precision costs in quality (demo VAE) and saves in memory (published VAEs).
 
 python tools/measure_tiling.py
 """
@@ -8,11 +8,14 @@ from __future__ import annotations
 import gc
 import random
 import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,13 +23,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from demo import scenes  # noqa: E402
 
+from wan.engine.optimizations import VAEPrecision  # noqa: E402
 from wan.engine.types import Tiling  # noqa: E402
 from wan.modules.vae import WanVAEModel, load_vae  # noqa: E402
 from wan.modules.vae_blocks import FrameCache  # noqa: E402
 from wan.modules.vae_config import VAE_2_1, VAE_2_2  # noqa: E402
 from wan.modules.vae_tiling import cut  # noqa: E402
 
-SETTINGS = [(16, 8), (16, 4), (16, 2), (16, 0)]
+OVERLAPS = (0, 2, 4, 6, 8)
+COLOURS = {"red": (1.0, -1.0, -1.0), "cyan": (-1.0, 1.0, 1.0)}
 SIZES = [
     ("2.1", VAE_2_1, "832x480", 60, 104),
     ("2.1", VAE_2_1, "1280x720", 90, 160),
@@ -43,23 +48,73 @@ def four_scenes(seed: int) -> Tensor:
     return torch.cat(rows, dim=2)[None, :, :, :160]
 
 
+def pictures() -> dict[str, Tensor]:
+    """[1, 3, T, 160, 192]: scenes, and what seams show most on: ramps, and flat colours at the end of the range."""
+    down, across = torch.linspace(-1, 1, 160)[:, None].expand(160, 192), torch.linspace(-1, 1, 192).expand(160, 192)
+    flat = {name: torch.tensor(rgb).view(1, 3, 1, 1, 1).expand(1, 3, 1, 160, 192) for name, rgb in COLOURS.items()}
+    scenes = {f"scenes {seed}": four_scenes(seed) for seed in range(1, 9)}
+    return {**scenes, "ramps": torch.stack([across, down, -across])[None, :, None], **flat}
+
+
+def decibels(value: Tensor, reference: Tensor) -> float:
+    """PSNR; values span 2."""
+    return float(10 * torch.log10(4 / (value - reference).square().mean()))
+
+
+def worst_seam(frames: Tensor, whole: Tensor) -> float:
+    """The largest step from a column or row of pixels to the next, in what it and the 16 around it are in `whole`.
+
+    Steps below half a level of 8 bits count as that.
+    """
+    worst = 0.0
+    for dim in (3, 4):
+        others = [each for each in range(5) if each != dim]
+        step, plain = (each.diff(dim=dim).abs().mean(dim=others) for each in (frames, whole))
+        around = avg_pool1d(plain[None], 17, 1, 8, count_include_pad=False)[0]
+        worst = max(worst, float((step / plain.maximum(around).clamp_min(1 / 255)).max()))
+    return worst
+
+
 @torch.inference_mode()
-def quality(seeds: range) -> None:
-    """Tiles of 16 latent pixels in frames of 24x20: PSNR to whole frames, mean and worst, and the largest error."""
+def quality() -> None:
+    """Tiles of 16 latent pixels in frames of 24x20: of each kind of picture the worst PSNR, error and seam."""
     vae = load_vae(ROOT / "demo" / "Wan2.1_VAE.pth", torch.float32)
-    found: dict[tuple[int, int], list[tuple[float, float]]] = {each: [] for each in SETTINGS}
-    for seed in seeds:
-        latents = vae.encode(four_scenes(seed), frames_per_chunk=None)
-        whole = vae.decode(latents).clamp(-1, 1)
-        for tile, overlap in SETTINGS:
-            parts = list(vae.decode_chunks(latents, tiling=Tiling(tile=tile, overlap=overlap)))
-            error = torch.cat(parts, dim=2).clamp(-1, 1) - whole
-            decibels = 10 * torch.log10(4 / error.square().mean())
-            found[tile, overlap].append((decibels.item(), error.abs().max().item()))
-    for (tile, overlap), values in found.items():
-        decibels, largest = zip(*values, strict=True)
-        mean = sum(decibels) / len(decibels)
-        print(f"tile {tile} overlap {overlap}: {mean:.1f} dB (worst {min(decibels):.1f}), max {max(largest):.4f}")
+    found: dict[tuple[str, str, int], list[tuple[float, float, float]]] = defaultdict(list)
+    for name, video in pictures().items():
+        latents = vae.encode(video, frames_per_chunk=None)
+        whole = vae.decode(latents, frames_per_chunk=None)
+        for overlap in OVERLAPS:
+            tiling = Tiling(tile=16, overlap=overlap)
+            decoded = torch.cat(list(vae.decode_chunks(latents, tiling=tiling)), dim=2)
+            encoded = vae.decode(vae.encode(video, tiling=tiling), frames_per_chunk=None)
+            for what, frames in (("decoded", decoded), ("encoded", encoded)):
+                error = float((frames - whole).abs().max())
+                key = what, name.split()[0], overlap
+                found[key].append((decibels(frames, whole), error, worst_seam(frames, whole)))
+    for (what, name, overlap), values in sorted(found.items()):
+        psnr, errors, seams = zip(*values, strict=True)
+        print(f"{what} {name} overlap {overlap}: {min(psnr):.1f} dB, max {max(errors):.4f}, seam {max(seams):.3f}")
+
+
+@torch.inference_mode()
+def precision() -> None:
+    """Of rendered scenes, decoded and encoded in half precision: the worst PSNR to float32, and the largest error."""
+    path = ROOT / "demo" / "Wan2.1_VAE.pth"
+    plain = load_vae(path, torch.float32)
+    for dtype in ("bf16", "fp16"):
+        half = load_vae(path, torch.float32)
+        VAEPrecision(vae_dtype=dtype).convert(half, "vae")
+        found: dict[str, list[tuple[float, float]]] = {"decoded": [], "encoded": []}
+        for seed in range(1, 4):
+            video = four_scenes(seed)
+            latents = plain.encode(video, frames_per_chunk=None)
+            whole = plain.decode(latents, frames_per_chunk=None)
+            again = plain.decode(half.encode(video).float(), frames_per_chunk=None)
+            for what, frames in (("decoded", half.decode(latents).float()), ("encoded", again)):
+                found[what].append((decibels(frames, whole), float((frames - whole).abs().max())))
+        for what, values in found.items():
+            psnr, errors = zip(*values, strict=True)
+            print(f"{dtype} {what}: {min(psnr):.1f} dB, max {max(errors):.4f}")
 
 
 class Largest(TorchDispatchMode):
@@ -87,25 +142,36 @@ def memory() -> None:
         with torch.device("meta"):
             model = WanVAEModel(config)
             latents = torch.empty(1, config.z_dim, 2, height, width)
+            pixels = torch.empty(1, 3, 4, *(side * model.stride[1] for side in (height, width)))
         for tiling in (None, Tiling(park=False), Tiling(tile=16, overlap=4, park=False)):
-            gc.collect()  # caches of the size before
-            remembered: list[int] = []
-            with Largest(height * width) as largest:
-                for _ in model.decode_chunks(latents, tiling=tiling):
-                    remembered = [
-                        4 * sum(frames.numel() for frames in each.values())
-                        for each in gc.get_objects()
-                        if type(each) is FrameCache
-                    ]
             sides = [len(cut(side, tiling)) for side in (height, width)] if tiling else [1, 1]
             what = f"tile {tiling.tile} overlap {tiling.overlap}" if tiling else "whole"
-            print(
-                f"VAE {name} {size} {what}, {sides[0]}x{sides[1]} tiles: largest {4e-9 * largest.elements:.2f}, "
-                f"remembered {1e-9 * sum(remembered):.1f} in all, {1e-9 * max(remembered):.2f} by one tile"
-            )
+            print(f"VAE {name} {size} {what}, {sides[0]}x{sides[1]} tiles")
+            for way, parts in (
+                ("decode", model.decode_chunks(latents, tiling=tiling)),
+                ("encode", model.encode_stream([pixels[:, :, :1], pixels], pixels, tiling=tiling)),
+            ):
+                counted(way, parts, height * width)
+
+
+def counted(way: str, parts: Iterator[Tensor], tokens: int) -> None:
+    gc.collect()  # caches of the size before
+    remembered: list[int] = []
+    with Largest(tokens) as largest:
+        for _ in parts:
+            remembered = [
+                4 * sum(frames.numel() for frames in each.values())
+                for each in gc.get_objects()
+                if type(each) is FrameCache
+            ]
+    print(
+        f"  {way}: largest {4e-9 * largest.elements:.2f}, remembered {1e-9 * sum(remembered):.1f} in all, "
+        f"{1e-9 * max(remembered):.2f} by one tile"
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    quality(range(1, 9))
+    quality()
+    precision()
     memory()

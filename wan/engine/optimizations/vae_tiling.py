@@ -20,8 +20,8 @@ class VAETiling(Optimization):
 
     Tiles are cut in space only, each remembers its own earlier frames, and neighbours are blended, so there are no
     seams in time and none to see in space: with the default overlap of 8, frames of the demo model's VAE have a PSNR of
-    at least 70 dB to whole ones, smooth gradients and saturated colours included (`docs/benchmarks/`). A frame that fits
-    into one tile is coded whole, bit for bit. Pixels that tiles share are computed twice. What tiles remember waits in
+    at least 70 dB to whole ones, smooth gradients and saturated colours included (`docs/benchmarks/`). What fits into
+    one tile is coded whole, bit for bit. Pixels that tiles share are computed twice. What tiles remember waits in
     RAM, in float32 about 15 GB at 720p (VAE 2.1), and crosses the bus with every group of frames;
     `--no-vae_tile_park` keeps it on the GPU, where it needs more than a whole frame's. A latent pixel is 8 pixels of
     the video (VAE 2.1) or 16 (VAE 2.2).
