@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from wan.text2video_optimized import WanT2VOptimized as WanT2VOptimized
     from wan.textimage2video import WanTI2V as WanTI2V
     from wan.vace import WanVace as WanVace
+    from wan.vace import WanVaceMP as WanVaceMP
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,7 @@ _CLASSES = {
     "WanT2VOptimized": "wan.text2video_optimized",
     "WanTI2V": "wan.textimage2video",
     "WanVace": "wan.vace",
+    "WanVaceMP": "wan.vace",
 }
 _PACKAGES = ("configs", "distributed", "modules", "utils")
 
@@ -41,6 +43,7 @@ __all__ = [
     "WanT2VOptimized",
     "WanTI2V",
     "WanVace",
+    "WanVaceMP",
     "configs",
     "distributed",
     "modules",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from wan.conditioning.control import check_control, on_canvas, shape_of
 from wan.conditioning.image import load_image, pixels_of
 from wan.conditioning.processor import VaceVideoProcessor
 from wan.conditioning.video import Clip, open_control
-from wan.engine.errors import BadRequest
+from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.types import Request
 from wan.families.vace import VaceInputs
 from wan.pipeline import WanPipeline, resolve_seed, scale_pair
@@ -94,6 +95,30 @@ class WanVace(WanPipeline):
             inputs=VaceInputs(frames=frames, mask=mask, refs=refs, context_scale=context_scale),
         )  # fmt: skip
         return self.run(request, offload_model=offload_model, **extras)
+
+
+class WanVaceMP(WanVace):
+    """Upstream's name for VACE on all GPUs of a machine: here on one; frames come on the CPU, as upstream's do."""
+
+    def __init__(
+        self,
+        config: Any,
+        checkpoint_dir: str | Path | None,
+        use_usp: bool = False,
+        ulysses_size: int | None = None,
+        ring_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        for name, size in (("ulysses_size", ulysses_size), ("ring_size", ring_size)):
+            if size not in (None, 1):
+                raise IncompatibleOptions(
+                    f"{name}={size!r} needs several GPUs, which this version cannot use yet; use 1"
+                )
+        super().__init__(config, checkpoint_dir, use_usp=use_usp, **options)
+
+    def run(self, *arguments: Any, **named: Any) -> Tensor | None:
+        video = super().run(*arguments, **named)
+        return None if video is None else video.cpu()
 
 
 def _source(

@@ -127,8 +127,9 @@ def test_what_is_not_of_one_size_is_refused(vae: WanVAEModel, changed: dict[str,
         control_latents(vae, given["frames"], given["mask"], given["refs"], (9, 16, 32))
 
 
-def test_no_more_pixels_are_held_than_the_vae_takes_at_once(vae: WanVAEModel) -> None:
-    """A long video that is made while it is read: at no moment are two pieces of it alive."""
+@pytest.mark.parametrize("references", [0, 4])
+def test_no_more_pixels_are_held_than_the_vae_takes_at_once(vae: WanVAEModel, references: int) -> None:
+    """A long video that is made while it is read: at no moment are two pieces of it alive, references or not."""
     import gc
     import weakref
 
@@ -150,5 +151,6 @@ def test_no_more_pixels_are_held_than_the_vae_takes_at_once(vae: WanVAEModel) ->
 
     source = Source(path="made", width=16, height=16, frames=41, fps=16)  # type: ignore[arg-type]
     clip = Made(source=source, frames=tuple(range(41)), size=(16, 16))
-    assert control_latents(vae, clip, None, (), (41, 16, 16)).shape == (1, 96, 11, 2, 2)
+    refs = [torch.rand(3, 1, 16, 16) for _ in range(references)]
+    assert control_latents(vae, clip, None, refs, (41, 16, 16)).shape == (1, 96, references + 11, 2, 2)
     assert most <= 1 and len(alive) == 11

@@ -83,6 +83,9 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "config": REQUIRED, "checkpoint_dir": REQUIRED, "device_id": 0, "rank": 0, "t5_fsdp": False,
         "dit_fsdp": False, "use_sp": False, "t5_cpu": False,
     },
+    "wan:WanVaceMP": {
+        "config": REQUIRED, "checkpoint_dir": REQUIRED, "use_usp": False, "ulysses_size": None, "ring_size": None,
+    },
     "wan:WanVace.prepare_source": {
         "self": REQUIRED, "src_video": REQUIRED, "src_mask": REQUIRED, "src_ref_images": REQUIRED,
         "num_frames": REQUIRED, "image_size": REQUIRED, "device": REQUIRED,
