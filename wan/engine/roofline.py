@@ -204,10 +204,11 @@ def text_flops(net: TextEncoder, tokens: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class VAE:
-    """Sizes of a Wan VAE, under the names of `wan.modules.vae.VAEConfig`."""
+    """Sizes of a Wan VAE, under the names of `wan.modules.vae_config.VAEConfig`."""
 
     num_bytes: int
     z_dim: int = 16
+    element_size: int = 4
     encoder_dim: int = 96
     decoder_dim: int = 96
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
@@ -215,7 +216,6 @@ class VAE:
     temporal_down: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
     grouped: bool = False
-    element_size: int = 4
 
     @property
     def stride(self) -> tuple[int, int]:
