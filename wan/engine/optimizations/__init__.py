@@ -25,8 +25,8 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows",
     "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload",
-    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAEPrecision", "VAETiling",
-    "registry",
+    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAEPrecision",
+    "VAETiling", "registry",
 ]  # fmt: skip
 
 
