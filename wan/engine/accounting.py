@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +33,15 @@ class Forwards:
     done: Counter[Place] = field(default_factory=Counter)
     _windowed: set[tuple[int, str]] = field(default_factory=set)
 
-    def counting(self, trunk: Trunk) -> Trunk:
-        """`trunk`, each call counted for every branch that is stacked in it; all windows of a step are one forward."""
+    def counting(self, trunk: Trunk, *, give_away: bool = False) -> Trunk:
+        """`trunk`, each call counted for every branch that is stacked in it; all windows of a step are one forward.
+
+        `give_away` says that nobody looks at the tokens after the call, so that the trunk may write them.
+        """
 
         def counted(tokens: Tensor, inputs: Any, condition: Any, step: Step) -> Tensor:
             self.done.update((step.expert, branch) for branch in inputs.branches if self._is_new(step, branch))
-            return trunk(tokens, inputs, condition, step)
+            return trunk(tokens, replace(inputs, given_away=give_away), condition, step)
 
         return counted
 

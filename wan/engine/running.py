@@ -244,7 +244,8 @@ class GroupRun:
     def _seams(self, dit: nn.Module, run: Denoising, segment: Segment, forwards: Forwards) -> Iterator[Denoiser]:
         """The denoiser of one segment, with the trunk and the denoiser wrapped as the plan asked."""
         trunk = cast("Trunk", dit.trunk)
-        wrapped = forwards.counting(trunk)
+        alone = not self.hooks.trunk_wrappers and trunk == dit.plain_trunk
+        wrapped = forwards.counting(trunk, give_away=alone)
         for wrap in self.hooks.trunk_wrappers:
             wrapped = wrap(wrapped, dit, segment)
         denoiser: Denoiser = Sequential(dit)  # type: ignore[arg-type]

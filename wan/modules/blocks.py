@@ -9,7 +9,7 @@ Letters: B batch, L tokens, S text tokens, U distinct timesteps, N heads, D widt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from wan.engine.ops.attention import masked, sdpa
 from wan.engine.ops.linear import linear_gelu, project
 from wan.engine.ops.modulate import gated_add, norm_modulate
 from wan.engine.ops.rope import rotate
+from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
 from wan.engine.types import Condition, Layout, token
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ __all__ = [
 SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout | None], Tensor]
+Enter = Callable[[Tensor, "BlockInputs"], Tensor]
+Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
 RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Any]
 """What comes back is what the block returns: tokens, or for an adapter's block what its adapter expects."""
 
@@ -87,6 +90,19 @@ class BlockInputs:
     """How adapters run their own blocks."""
     gather: Callable[[Tensor], Tensor] = keep
     """All tokens from local ones, for the rare adapter that needs them."""
+    given_away: bool = False
+    """Whether whoever calls the trunk is through with its tokens, so that they need not be copied to be written."""
+
+    def at(self, tokens: slice) -> BlockInputs:
+        """The inputs of some of the tokens."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value, dim = getattr(self, f.name), f.metadata.get("token")
+            if isinstance(value, dict) and dim is not None:
+                changes[f.name] = {name: each[:, tokens] for name, each in value.items()}
+            elif value is not None and dim is not None:
+                changes[f.name] = value[tokens]
+        return replace(self, **changes)
 
 
 class Adapter(nn.Module):
@@ -108,7 +124,10 @@ class Adapter(nn.Module):
         return tokens, inputs
 
     def sides(self, tokens: Tensor, inputs: BlockInputs, condition: Condition) -> None:
-        """Inside the trunk, on local tokens: fill `inputs.residuals`, running own blocks by `inputs.run_block`."""
+        """Inside the trunk, on local tokens: fill `inputs.residuals`, running own blocks by `inputs.run_block`.
+
+        Blocks write the tokens: an adapter that looks at them later keeps a clone.
+        """
 
 
 class SideAdapter(Adapter):
@@ -177,19 +196,40 @@ class WanSelfAttention(nn.Module):
         """[B, L, D] -> [B, L, N, D / N]."""
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
-    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs, dtype: torch.dtype) -> Tensor:
+    def normed(self, x: Tensor, norm: nn.Module, rope: Tensor | None = None) -> Tensor:
+        """The heads [B, L, N, D / N] of a projection just made, normed and turned by `rope`; may be written over it."""
+
+        def part(at: slice) -> Tensor:
+            heads = self.heads(norm(x[:, at]))
+            return heads if rope is None else rotate(heads, rope[at])
+
+        into = self.heads(x)
+        return in_runs(part, into, x.dtype, into)
+
+    def keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, N, D / N] of the tokens that enter."""
+        k, v = project(x, self.k, self.v)
+        return self.normed(k, self.norm_k, inputs.rope), self.heads(v)
+
+    def queries(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        """Queries [B, L, N, D / N] of the tokens that enter."""
+        return self.normed(self.q(x), self.norm_q, inputs.rope)
+
+    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs) -> Tensor:
         """The attention output and that of every extra, summed, through the output projection."""
         for extra in self.extras.values():
             out = out + extra(q, inputs)
-        projected: Tensor = self.o(out.flatten(2).to(dtype))
+        projected: Tensor = self.o(out.flatten(2).to(inputs.context.dtype))
         return projected
 
     def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
         q, k, v = project(x, self.q, self.k, self.v)
-        q = rotate(self.heads(self.norm_q(q)), inputs.rope)
-        k = rotate(self.heads(self.norm_k(k)), inputs.rope)
-        out = self.attend(q.to(v.dtype), k.to(v.dtype), self.heads(v), inputs.layout)
-        return self.merge(out, q, inputs, x.dtype)
+        del x  # as below: each is as large as the tokens, and not needed any more
+        q = self.normed(q, self.norm_q, inputs.rope)
+        k = self.normed(k, self.norm_k, inputs.rope)
+        out = self.attend(q, k, self.heads(v), inputs.layout)
+        del k, v
+        return self.merge(out, q, inputs)
 
 
 class WanCrossAttention(WanSelfAttention):
@@ -197,12 +237,19 @@ class WanCrossAttention(WanSelfAttention):
 
     role = "cross"
 
-    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))
+    def keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, N, D / N] of the text, whatever tokens enter."""
         k, v = project(inputs.context, self.k, self.v)
-        k = self.heads(self.norm_k(k))
-        out = self.attend(q.to(v.dtype), k.to(v.dtype), self.heads(v), None)
-        return self.merge(out, q, inputs, x.dtype)
+        return self.normed(k, self.norm_k), self.heads(v)
+
+    def queries(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        return self.normed(self.q(x), self.norm_q)
+
+    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+        q = self.queries(x, inputs)
+        k, v = self.keys(x, inputs)
+        del x
+        return self.merge(self.attend(q, k, v, None), q, inputs)
 
 
 class WanI2VCrossAttention(WanCrossAttention):
@@ -218,11 +265,10 @@ class WanI2VCrossAttention(WanCrossAttention):
         # Its own seam: what is done to the attention to the text is not meant for images.
         self.attend_image: Attend = sdpa
 
-    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs, dtype: torch.dtype) -> Tensor:
+    def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs) -> Tensor:
         k, v = project(inputs.features["clip"], self.k_img, self.v_img)
-        k = self.heads(self.norm_k_img(k))
-        image = self.attend_image(q.to(v.dtype), k.to(v.dtype), self.heads(v), None)
-        return super().merge(out + image, q, inputs, dtype)
+        image = self.attend_image(q, self.normed(k, self.norm_k_img), self.heads(v), None)
+        return super().merge(accumulate(out, image), q, inputs)
 
 
 CROSS_ATTENTION = {"i2v_cross_attn": WanI2VCrossAttention}
@@ -235,9 +281,12 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
+        """`inputs` is not looked at: all layers of a block are called alike."""
         expand, _, contract = self
-        out: Tensor = contract(linear_gelu(x, expand))
+        hidden = linear_gelu(x, expand)
+        del x
+        out: Tensor = contract(hidden)
         return out
 
 
@@ -265,6 +314,8 @@ class WanAttentionBlock(nn.Module):
         self.norm2 = WanLayerNorm(dim, eps)
         self.ffn = FeedForward(dim, ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.around_attention: Around = at_once
+        self.around_ffn: Around = at_once
         self.inserts = nn.ModuleDict({site: nn.ModuleList() for site in SITES})
 
     def insert(self, site: str, tokens: Tensor, inputs: BlockInputs) -> Tensor:
@@ -274,18 +325,35 @@ class WanAttentionBlock(nn.Module):
         return tokens
 
     def self_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        x = norm_modulate(tokens, shift, scale, inputs.rows, self.eps).to(inputs.context.dtype)
-        return gated_add(tokens, self.self_attn(x, inputs), gate, inputs.rows)
+        enter, leave = self._modulated(shift, scale, gate)
+        return self.around_attention(self.self_attn, tokens, inputs, enter, leave)
 
     def cross_part(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
-        return tokens + self.cross_attn(self.norm3(tokens).to(inputs.context.dtype), inputs)
+        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+            return in_runs(lambda at: self.norm3(tokens[:, at]), tokens, inputs.context.dtype)
+
+        def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
+            return accumulate(tokens, y)
+
+        return self.around_attention(self.cross_attn, tokens, inputs, enter, leave)
 
     def ffn_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        x = norm_modulate(tokens, shift, scale, inputs.rows, self.eps).to(inputs.context.dtype)
-        return gated_add(tokens, self.ffn(x), gate, inputs.rows)
+        enter, leave = self._modulated(shift, scale, gate)
+        return self.around_ffn(self.ffn, tokens, inputs, enter, leave)
+
+    def _modulated(self, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Enter, Leave]:
+        """How a layer is joined to the residual stream by the rows of a timestep."""
+
+        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+            return norm_modulate(tokens, shift, scale, inputs.rows, self.eps, inputs.context.dtype)
+
+        def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
+            return gated_add(tokens, y, gate, inputs.rows)
+
+        return enter, leave
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
-        """tokens float32 [B, L, D] -> the same shape; the input is not written."""
+        """tokens float32 [B, L, D] -> the same shape. Without gradients the input is written and comes back."""
         rows = (self.modulation.float() + inputs.modulation).unbind(2)
         tokens = self.insert("after_self_attn", self.self_part(tokens, inputs, *rows[:3]), inputs)
         tokens = self.insert("after_cross_attn", self.cross_part(tokens, inputs), inputs)

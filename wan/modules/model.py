@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
 from wan.engine.ops.rope import grid_table
+from wan.engine.ops.rows import accumulate
 from wan.engine.types import Condition, Layout, Step
 from wan.modules.blocks import Adapter, BlockInputs, RunBlock, WanAttentionBlock, call_block
 from wan.modules.embedding import Head, linear32, patchify, sinusoidal_embedding_1d, unpatchify
@@ -194,10 +195,12 @@ class WanModel(nn.Module):
         """All blocks, and what adapters add between them; `trunk` is this until it is wrapped."""
         for adapter in self._adapters():
             adapter.sides(tokens, inputs, condition)
+        if not inputs.given_away:
+            tokens = tokens.clone()  # blocks write their input, a trunk never does: caches compare it with the output
         for index, block in enumerate(self.blocks):
             tokens = self.run_block(block, tokens, inputs)
             if index in inputs.residuals:
-                tokens = tokens + inputs.residuals[index](tokens)
+                tokens = accumulate(tokens, inputs.residuals[index](tokens))
         return tokens
 
     def all_blocks(self) -> list[nn.Module]:

@@ -80,7 +80,7 @@ class VaceAdapter(SideAdapter):
 
     def sides(self, tokens: Tensor, inputs: BlockInputs, condition: Condition) -> None:
         scale = inputs.features[NAME].view(-1, 1, 1)
-        stack = [tokens]
+        stack = [tokens.clone()]
 
         def hint(block: nn.Module) -> Tensor:
             control, hint = inputs.run_block(block, stack.pop(), inputs)
