@@ -267,8 +267,8 @@ class WanI2VCrossAttention(WanCrossAttention):
 
     def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs) -> Tensor:
         k, v = project(inputs.features["clip"], self.k_img, self.v_img)
-        image = self.attend_image(q, self.normed(k, self.norm_k_img), self.heads(v), None)
-        return super().merge(accumulate(out, image), q, inputs)
+        k = self.normed(k, self.norm_k_img)
+        return super().merge(accumulate(out, self.attend_image(q, k, self.heads(v), None)), q, inputs)
 
 
 CROSS_ATTENTION = {"i2v_cross_attn": WanI2VCrossAttention}

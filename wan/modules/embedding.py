@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.engine.ops.modulate import norm_modulate
+from wan.engine.ops.rows import run_length, runs
 from wan.modules.blocks import WanLayerNorm
 
 __all__ = ["Head", "linear32", "patchify", "sinusoidal_embedding_1d", "unpatchify"]
@@ -64,4 +65,8 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor, embedding: Tensor, rows: Tensor | None = None) -> Tensor:
         """tokens [B, L, D], embedding of the timesteps [B, U, D], rows [L] -> float32 [B, L, patch * C]."""
         shift, scale = (self.modulation.float() + embedding[:, :, None]).unbind(2)
-        return linear32(self.head, norm_modulate(tokens, shift, scale, rows, self.eps))
+        parts = (  # a patch is far narrower than its token: whole, the normed tokens would be the largest tensor here
+            norm_modulate(tokens[:, at], shift, scale, None if rows is None else rows[at], self.eps)
+            for at in runs(tokens.shape[1], run_length(tokens))
+        )
+        return torch.cat([linear32(self.head, part) for part in parts], 1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.engine.ops.rows import RUN, in_runs, may_write, runs
+from wan.engine.ops.rows import in_runs, may_write, run_length, runs
 
 
 def pick(table: Tensor, rows: Tensor | None, at: slice | None = None) -> Tensor:
@@ -48,6 +48,6 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) ->
     """
     if not may_write():
         return torch.addcmul(x, y, pick(gate, rows))
-    for at in runs(x.shape[1], RUN):
+    for at in runs(x.shape[1], run_length(x)):
         x[:, at].addcmul_(y[:, at], pick(gate, rows, at))
     return x

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["RUN", "Around", "accumulate", "at_once", "in_runs", "may_write", "runs"]
+__all__ = ["RUN_VALUES", "Around", "accumulate", "at_once", "in_runs", "may_write", "run_length", "runs"]
 
-RUN = 4096
-"""Tokens whose float32 temporaries may live at once: 84 MB a tensor at width 5120, enough to fill a card."""
+RUN_VALUES = 2**23
+"""Values of a float32 temporary in a long sequence: 32 MiB, enough to keep a card busy and launches rare."""
 
 Around = Callable[[Any, Tensor, Any, Callable[..., Tensor], Callable[..., Tensor]], Tensor]
 """`(layer, tokens, inputs, enter, leave) -> tokens`: a layer and what joins it to the residual stream."""
@@ -34,6 +34,11 @@ def may_write() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
+def run_length(x: Tensor) -> int:
+    """How many tokens of x [B, L, ...] make a temporary of RUN_VALUES."""
+    return max(1, RUN_VALUES * x.shape[1] // max(1, x.numel()))
+
+
 def runs(length: int, size: int) -> Iterator[slice]:
     """0..length in slices of `size`; the last one may be shorter."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
@@ -44,10 +49,10 @@ def in_runs(fn: Callable[[slice], Tensor], like: Tensor, dtype: torch.dtype, out
 
     `fn` gets the slice of L it shall compute, in any dtype; all values are the same as those of one call for all.
     """
-    if like.shape[1] <= RUN or not may_write():
+    if like.numel() <= RUN_VALUES or not may_write():
         return fn(slice(None)).to(dtype)
     out = torch.empty(like.shape, dtype=dtype, device=like.device) if out is None else out
-    for at in runs(like.shape[1], RUN):
+    for at in runs(like.shape[1], run_length(like)):
         out[:, at] = fn(at)
     return out
 

@@ -16,6 +16,7 @@ from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.riflex import RIFLEx
 from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.stream_t5 import StreamT5
+from wan.engine.optimizations.row_chunks import AttentionRows, FFNRows
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_dtype import VAEPrecision
@@ -23,10 +24,10 @@ from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "APG", "Attention", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile", "ContextWindows",
-    "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FreSca", "GuidanceRescale", "LoRA", "NAG", "Offload",
-    "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU", "VAEPrecision",
-    "VAETiling", "registry",
+    "APG", "Attention", "AttentionRows", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile",
+    "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FreSca", "GuidanceRescale",
+    "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU",
+    "VAEPrecision", "VAETiling", "registry",
 ]  # fmt: skip
 
 
