@@ -71,7 +71,8 @@ def test_rows_of_any_number_in_place_and_in_runs_equal_the_plain_formula(
         timestep = timestep[:, None] * torch.tensor([0.0, 1.0, 1.0])
     with torch.enable_grad():  # there nothing is written in place, nor cut
         plain = dit.velocity(latents, timestep, condition, STEP)
-    assert torch.equal(forward(dit, condition, latents, timestep), plain)
+    # Not bit by bit: without gradients a CPU computes the first linear layer and its GELU at once.
+    torch.testing.assert_close(forward(dit, condition, latents, timestep), plain, rtol=0, atol=2e-5)
     monkeypatch.setattr(rows, "RUN_VALUES", 7 * 2 * 48)
     torch.testing.assert_close(forward(dit, condition, latents, timestep), plain, rtol=0, atol=2e-5)
     for part in dit.modules():
