@@ -434,7 +434,7 @@ def as_transformers(tower: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_benchmark_times_it_too(run: Callable[..., int], checkpoints: dict[str, Path], configs: dict[str, Any]) -> None:
     from wan.cli.args import parse
     from wan.cli.request import resolve
-    from wan.cli.trial import Ours
+    from wan.cli.benchmarking.worker import Ours
     from wan.engine.hardware import probe
     from wan.engine.optimizations import registry
     from wan.engine.plan import Plan, options
@@ -442,7 +442,7 @@ def test_benchmark_times_it_too(run: Callable[..., int], checkpoints: dict[str, 
     words = ["--task", "i2v-A14B", "--ckpt_dir", str(checkpoints["i2v-A14B"]), "--image", "wide.png", "--fit", "crop"]
     words += ["--size", "32x16", "--any_size", "--frame_num", "5", "--sample_steps", "1", "--seed", "1"]
     wanted = resolve(parse(words, options(registry())))
-    trial = Ours(wanted, configs["i2v-A14B"], Plan.of(registry(), {}), probe("cpu")).run()
+    trial = Ours(wanted, configs["i2v-A14B"], Plan.of(registry(), {}), probe("cpu"), None).run(watch=False)
     assert trial.latents.shape == (1, 16, 2, 2, 4) and abs(trial.latents).max() < 100
 
 

@@ -126,9 +126,10 @@ class SkipLayers(Optimization):
                 return inner(block, tokens, inputs)  # type: ignore[operator]
             if inputs.branches == ("uncond",):
                 return tokens
-            after = inner(block, tokens, inputs).clone()  # type: ignore[operator]
             rows = branch_rows(inputs.branches, "uncond", tokens.shape[0])
-            after[rows] = tokens[rows]
+            kept = tokens[rows].clone()  # a block may write its input
+            after = inner(block, tokens, inputs)  # type: ignore[operator]
+            after[rows] = kept
             return after
 
         dit.run_block = run_block  # type: ignore[assignment]
