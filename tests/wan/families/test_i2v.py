@@ -433,8 +433,8 @@ def as_transformers(tower: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def test_benchmark_times_it_too(run: Callable[..., int], checkpoints: dict[str, Path], configs: dict[str, Any]) -> None:
     from wan.cli.args import parse
-    from wan.cli.request import resolve
     from wan.cli.benchmarking.worker import Ours
+    from wan.cli.request import resolve
     from wan.engine.hardware import probe
     from wan.engine.optimizations import registry
     from wan.engine.plan import Plan, options

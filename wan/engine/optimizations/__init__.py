@@ -14,10 +14,9 @@ from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.riflex import RIFLEx
-from wan.engine.optimizations.step_cache import StepCache
-from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.row_chunks import AttentionRows, FFNRows
 from wan.engine.optimizations.step_cache import StepCache
+from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_dtype import VAEPrecision
