@@ -45,7 +45,8 @@ def _transformer(component: Component, dtype: torch.dtype) -> Transformer:
     return Transformer(
         dim=module.dim, ffn_dim=module.ffn_dim, num_heads=module.num_heads, num_blocks=len(whole),
         in_channels=module.in_dim, out_channels=module.out_dim, text_len=module.text_len, text_dim=module.text_dim,
-        num_bytes=sum(of.values()), block_bytes=blocks[0], image_tokens=(positions or CLIP_TOKENS) if image else 0,
+        num_bytes=sum(of.values()), block_bytes=max(blocks), blocks_bytes=tuple(blocks),
+        image_tokens=(positions or CLIP_TOKENS) if image else 0,
         side_streams=int(len(whole) > len(module.blocks)), patch=module.patch_size, element_size=dtype.itemsize,
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ MARGIN_BYTES = 3 * GB // 10
 FEWEST_ROWS = 4096
 """Fewer rows at a time would no longer fill a card."""
 
-_SAVERS = {name for name, plain in PLAIN.items() if name not in ("use_batched_cfg", "compile")}
+_SAVERS = {name for name, plain in PLAIN.items() if name not in ("use_batched_cfg", "compile", "cache")}
 _DOING = {
     "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
 }  # fmt: skip
@@ -65,7 +65,7 @@ class Planner:
 
     def __init__(self, models: Models, video: Video, card: Card, wishes: Wishes) -> None:
         self.models, self.video, self.card, self.wishes = models, video, card, wishes
-        self.blocks = models.transformer.num_blocks
+        self.blocks = models.transformer.swappable
         swap = "block_swap" in wishes.available and wishes.pinned.get("block_swap") in (None, "auto")
         most = self.blocks if swap else wishes.pinned.get("block_swap", 0)
         fewest = 0 if swap else most

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from wan.engine.roofline import (
     PAGEABLE,
     VAE,
     Card,
+    Conv,
     TextEncoder,
     Transformer,
     activation_bytes,
@@ -85,7 +86,7 @@ class Video:
 PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
-    "vae_tile_size": 32, "vae_tile_overlap": 8, "compile": False,
+    "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off",
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it."""
 
@@ -133,7 +134,8 @@ class Prediction:
 def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any]) -> Prediction:
     """What running with these option values needs; an option that is not given is plain."""
     given = {name: plain if values.get(name) is None else values[name] for name, plain in PLAIN.items()}
-    swapped = min(_count(given["block_swap"], models), models.transformer.num_blocks)
+    models = _with_vae(models, given["vae_dtype"])
+    swapped = _count(given["block_swap"], models)
     dit_bytes = _on_card(models.transformer, swapped, given["prefetch_blocks"])
     stays = _staying(models, given, dit_bytes)
     denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
@@ -153,11 +155,11 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
         "copies": _copied(models, given) / card.copy_rate,
     }  # fmt: skip
     if video.encodes:
-        frames, encode_s = _encode(models.vae, video, card)
+        frames, encode_s = _encode(models.vae, video, card, _tile(given))
         used["encode"] = {"VAE": models.vae.num_bytes, "frames": frames, "image encoder": models.clip_bytes}
         seconds["encode"] = encode_s
     overhead = CONTEXT_BYTES + WORKSPACE_BYTES
-    needed = models.transformer.block_bytes * swapped / max(forward_s, 1e-9)
+    needed = models.transformer.swapped_bytes * swapped / max(forward_s, 1e-9)
     return Prediction(
         card=card,
         values=given,
@@ -169,14 +171,23 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
     )
 
 
+@lru_cache
+def _with_vae(models: Models, dtype: str) -> Models:
+    vae = models.vae
+    if dtype == "fp32" or vae.element_size == 2:
+        return models
+    return replace(models, vae=replace(vae, num_bytes=vae.num_bytes // 2, element_size=2))
+
+
 def _count(swap: Any, models: Models) -> int:
     """Blocks that are swapped; "auto" can swap all."""
-    return int(swap) if swap != "auto" else models.transformer.num_blocks
+    most = models.transformer.swappable
+    return most if swap == "auto" else min(int(swap), most)
 
 
 def _on_card(net: Transformer, swapped: int, prefetched: int) -> int:
     """Bytes of an expert on the card: what stays, and the places swapped blocks take turns in."""
-    return net.num_bytes - (swapped - min(swapped, 1 + prefetched)) * net.block_bytes
+    return net.num_bytes - int(swapped * net.swapped_bytes) + min(swapped, 1 + prefetched) * net.block_bytes
 
 
 def _staying(models: Models, given: Mapping[str, Any], dit_bytes: int) -> dict[str, int]:
@@ -199,7 +210,7 @@ def _text_on_card(net: TextEncoder, given: Mapping[str, Any]) -> int:
 
 def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
     net, away = models.transformer, bool(given["offload_model"])
-    dits = models.experts * (net.num_bytes if away else swapped * net.block_bytes)
+    dits = models.experts * (net.num_bytes if away else swapped * int(net.swapped_bytes))
     text = models.text.num_bytes if away or given["t5_cpu"] or given["stream_t5"] else 0
     return dits + text + (models.clip_bytes if away else 0) + (models.vae.num_bytes if given["vae_cpu"] else 0)
 
@@ -210,8 +221,8 @@ def _copied(models: Models, given: Mapping[str, Any]) -> int:
     if not given["offload_model"]:
         return vae
     text = 0 if given["t5_cpu"] or given["stream_t5"] else models.text.num_bytes
-    swapped = min(_count(given["block_swap"], models), models.transformer.num_blocks)
-    dits = models.experts * (models.transformer.num_bytes - swapped * models.transformer.block_bytes)
+    swapped = _count(given["block_swap"], models) * int(models.transformer.swapped_bytes)
+    dits = models.experts * (models.transformer.num_bytes - swapped)
     return vae + text + models.clip_bytes + dits
 
 
@@ -222,8 +233,8 @@ def _denoise_seconds(
     batch = 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
     net, tokens = models.transformer, video.tokens(models)
     computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
-    copied = swapped * net.block_bytes / card.copy_rate
-    busy = computed * (1 + SWAP_SHARE * swapped / net.num_blocks)
+    copied = swapped * net.swapped_bytes / card.copy_rate
+    busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
     return max(busy, copied) * math.ceil(video.forwards / batch), computed
 
 
@@ -247,22 +258,57 @@ def _tile(given: Mapping[str, Any]) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=256)
 def _decode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None) -> tuple[int, float]:
-    """(bytes, seconds) of decoding: in tiles, what each remembers waits in RAM and crosses the bus every chunk."""
+    """(bytes, seconds) of decoding."""
     frames, rows, columns = video.latent(net)
     chunk = max(1, min(frames, DECODE_PIXELS // (rows * columns)))
-    whole = list(decoder(net, frames, rows, columns))
-    seconds = vae_seconds(net, whole, frames, rows * columns, card)
-    if tile is None or max(rows, columns) <= tile[0]:
-        return vae_bytes(net, whole, chunk, LIVE_TENSORS), seconds
-    (down, height), (across, width) = (_cut(side, *tile) for side in (rows, columns))
-    part = list(decoder(net, frames, height, width))
-    tiles, pixels = down * across, video.width * video.height
+    grid = _Grid.over(rows, columns, tile)
+    part = list(decoder(net, frames, grid.height, grid.width))
+    size = vae_bytes(net, part, chunk, LIVE_TENSORS)
+    return _tiled(net, video, card, (grid, part, chunk), size)
+
+
+@lru_cache(maxsize=256)
+def _encode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None) -> tuple[int, float]:
+    """(bytes, seconds) of encoding a whole video."""
+    frames, rows, columns = video.latent(net)
+    grid, side = _Grid.over(rows, columns, tile), net.stride[1]
+    part = list(encoder(net, video.frames, grid.height * side, grid.width * side))
+    size = vae_bytes(net, part, 1, LIVE_TENSORS_GROUPED if net.grouped else LIVE_TENSORS_ENCODED)
+    return _tiled(net, video, card, (grid, part, 1), size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grid:
+    """The tiles of a frame: how many, and their size in latent pixels."""
+
+    tiles: int
+    height: int
+    width: int
+
+    @classmethod
+    def over(cls, rows: int, columns: int, tile: tuple[int, int] | None) -> _Grid:
+        if tile is None:
+            return cls(tiles=1, height=rows, width=columns)
+        (down, height), (across, width) = (_cut(side, *tile) for side in (rows, columns))
+        return cls(tiles=down * across, height=height, width=width)
+
+
+def _tiled(net: VAE, video: Video, card: Card, work: tuple[_Grid, list[Conv], int], size: int) -> tuple[int, float]:
+    """(bytes, seconds) of a pass over all tiles, where one takes `size` and goes through these convolutions.
+
+    What a tile remembers waits in RAM while others compute. The bottleneck sees whole frames, and the joined ones are
+    float32.
+    """
+    grid, part, chunk = work
+    frames, rows, columns = video.latent(net)
+    seconds = grid.tiles * vae_seconds(net, part, frames, grid.height * grid.width, card)
+    if grid.tiles == 1:
+        return size, seconds
     parked = sum(conv.kept for conv in part) * net.element_size
-    # The bottleneck sees whole frames; the assembled ones are float32.
     bottleneck = 8 * net.element_size * net.decoder_dim * net.dim_mult[-1] * rows * columns
-    again = tiles * height * width / (rows * columns)
-    seconds = seconds * again + 2 * tiles * parked * math.ceil(frames / chunk) / PAGEABLE
-    return vae_bytes(net, part, chunk, LIVE_TENSORS) + bottleneck + 12 * pixels * chunk * net.stride[0], seconds
+    joined = 4 * 3 * video.width * video.height * chunk * net.stride[0]
+    copies = 2 * grid.tiles * parked * math.ceil(frames / chunk) / PAGEABLE
+    return size + bottleneck + joined, seconds + copies
 
 
 def _cut(length: int, tile: int, overlap: int) -> tuple[int, int]:
@@ -271,11 +317,3 @@ def _cut(length: int, tile: int, overlap: int) -> tuple[int, int]:
         return 1, length
     count = -(-(length - overlap) // (tile - overlap))
     return count, -(-(length + (count - 1) * overlap) // count)
-
-
-@lru_cache(maxsize=256)
-def _encode(net: VAE, video: Video, card: Card) -> tuple[int, float]:
-    frames, rows, columns = video.latent(net)
-    convs = list(encoder(net, video.frames, video.height, video.width))
-    live = LIVE_TENSORS_GROUPED if net.grouped else LIVE_TENSORS_ENCODED
-    return vae_bytes(net, convs, 1, live), vae_seconds(net, convs, frames, rows * columns, card)

@@ -104,6 +104,7 @@ def _says(words: list[str], card: list[str]) -> bool:
 class Transformer:
     """Sizes of one expert. `num_blocks` counts side blocks too; `block_bytes` is a block's share of `num_bytes`.
 
+    `blocks_bytes` are those of all that can be swapped, smaller ones among them, and None where all are alike.
     `side_streams` are residual streams beside the main one.
     """
 
@@ -117,10 +118,21 @@ class Transformer:
     text_dim: int
     num_bytes: int
     block_bytes: int
+    blocks_bytes: tuple[int, ...] | None = None
     image_tokens: int = 0
     side_streams: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
     element_size: int = 2
+
+    @property
+    def swappable(self) -> int:
+        """How many blocks can be swapped."""
+        return self.num_blocks if self.blocks_bytes is None else len(self.blocks_bytes)
+
+    @property
+    def swapped_bytes(self) -> float:
+        """Bytes of a swapped block on average: they are spread evenly."""
+        return self.block_bytes if self.blocks_bytes is None else sum(self.blocks_bytes) / len(self.blocks_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
