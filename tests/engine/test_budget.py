@@ -10,7 +10,7 @@ import pytest
 from wan.components import dummy_components
 from wan.conditioning.geometry import parse_size as parse_video_size
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
-from wan.engine.budget import Planner, Wishes, describe_budget, parse_size
+from wan.engine.budget import Planner, Wishes, describe_budget
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.prediction import PLAIN, Models, Video, predict
 from wan.engine.roofline import CARDS, GB
@@ -42,7 +42,7 @@ def test_every_budget_gets_what_fits_or_a_budget_that_does(task: str) -> None:
                 found = planner.choose(budget)
             except IncompatibleOptions as refusal:
                 assert before is None, "a smaller budget was enough"
-                enough = parse_size(str(refusal).partition("--vram_budget ")[2].partition(",")[0])
+                enough = round(10 * float(str(refusal).partition("--vram_budget ")[2].partition("GB")[0])) * GB // 10
                 assert budget < enough
                 assert planner.choose(enough).peak_bytes <= enough
                 with pytest.raises(IncompatibleOptions):
@@ -113,17 +113,3 @@ def test_denoising_needs_what_was_worked_out_by_hand(
     """Weights, activations and 1.2 GB, the VAE and the encoders being elsewhere; 5 %, for parts kept in float32."""
     found = predict(models(task), video(task, size), H100, values | {"offload_model": True, "vae_cpu": True})
     assert sum(found.phases["denoise"].values()) / GB == pytest.approx(gigabytes, rel=0.05)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("12GB", 12 * GB), ("12GiB", 12 * 2**30), ("11.5G", 11_500_000_000), ("900 MB", 900_000_000), ("8gb", 8 * GB)],
-)
-def test_sizes_of_memory_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["12", "GB", "-3GB", "12 apples", "0GB", "1e3GB", ""])
-def test_what_is_no_size_of_memory_is_refused_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match="write 12GB"):
-        parse_size(text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import keyword
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -58,6 +59,17 @@ def guidance(text: str) -> float | tuple[float, float]:
     if len(numbers) == 2:
         return numbers[0], numbers[1]
     raise argparse.ArgumentTypeError(f"{text!r} is not one number, nor two as LOW,HIGH")
+
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
+
+
+def memory(text: str) -> int:
+    """Bytes of 12GB (10^9 each), 12GiB (2^30), 11.5G (as GB) or 900MB."""
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size of memory: write 12GB, 11.5GB, 900MB or 12GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "kmgt".index(match[2].lower())))
 
 
 # fmt: off
@@ -114,6 +126,9 @@ FLAGS = (
     Flag("load_format", str, "auto", "dummy: random weights, no checkpoint needed", CHECKPOINT, ("auto", "dummy")),
     Flag("preset", str, "none", "options by NAME (configs/NAME.toml), FILE.toml, auto (by hardware) or none", RUN),
     Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
+    Flag("vram_budget", memory, "what is free, with --preset auto", "GPU memory to stay within, such as 12GB", RUN),
+    Flag("reserve_vram", memory, "what others use, and 0.3GB", "GPU memory to leave to others, such as 4GB", RUN),
+    Flag("find_max", str, None, "say how many frames, or which size, fit, and stop", RUN, ("frames", "size")),
     Flag("print_plan", None, False, "say what would be done, and stop", RUN),
     Flag("expert_batch", int, 1, "of a --prompt_file, videos for which each of two experts is brought in once", RUN),
     Flag("embedding_cache", str, "the user's cache folder", "folder that keeps text embeddings, or off", RUN),

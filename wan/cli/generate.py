@@ -26,12 +26,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from wan.cli.budget import Budget
     from wan.cli.extension import Extension
     from wan.cli.naming import Claims
     from wan.cli.request import Source, Wanted
     from wan.embeddings import EmbeddingCache
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization, Plan
+    from wan.engine.prediction import Prediction
     from wan.video import Output
 
 INTERRUPTED = 130
@@ -63,8 +65,9 @@ class Shared:
 class Job:
     """A checked command line: what to make, how to run it, where it goes. `plain` is the plan of all defaults.
 
-    `record` is what repeats the video, `extend` says who rewrites its prompt first, `embeddings` keeps those of its
-    texts, `notes` are for the user to read before it is made.
+    `prediction` is what it was chosen by where there is a `budget`. `record` is what repeats the video, `extend` says
+    who rewrites its prompt first, `embeddings` keeps those of its texts, `notes` are for the user to read before it is
+    made.
     """
 
     wanted: Wanted
@@ -75,6 +78,8 @@ class Job:
     device: str | None
     crf: int | None
     care: Care = Care()
+    budget: Budget | None = None
+    prediction: Prediction | None = None
     record: dict[str, Any] = field(default_factory=dict)
     extend: Extension | None = None
     embeddings: EmbeddingCache | None = None
@@ -112,6 +117,11 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
     known = tuple(registry())
     args = parse(argv, options(known))
     tell_unused(args)
+    if args.find_max is not None:
+        from wan.cli.find_max import find_max
+
+        print(find_max(args, known, terminal, args.preset or default_preset))
+        return 0
     with Claims() as claims:
         if args.prompt_file is not None:
             from wan.cli.queue import run_queue
@@ -130,7 +140,10 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
 
 def announce(job: Job, terminal: Terminal) -> None:
     """Say what will be made, and how."""
-    for line in start_lines(job.wanted, job.plan, job.hardware):
+    from wan.engine.budget import describe_budget
+
+    foreseen = [] if job.prediction is None else describe_budget(job.prediction)
+    for line in (*start_lines(job.wanted, job.plan, job.hardware), *foreseen):
         terminal.line(line)
     if job.extend is not None:
         terminal.line(f"extend  {job.extend}")
@@ -205,17 +218,21 @@ def examine(
 ) -> Job:
     """The job but for its record, with all checks that come before anything is downloaded."""
     from wan.cli import extension
+    from wan.cli.budget import budget_of, within_budget
     from wan.cli.presets import make_plan
     from wan.cli.request import resolve
     from wan.engine.plan import Plan
 
     here = machine(args, registry) if shared is None else shared.hardware
     wanted = resolve(args, shared.source if shared is not None else None)
-    plan = make_plan(args, registry, here, default_preset)
+    plan, prediction = make_plan(args, registry, here, default_preset), None
+    budget = budget_of(args, here, args.preset or default_preset)
+    if budget is not None:
+        plan, prediction = within_budget(args, wanted, plan, registry, here, budget)
     output = _output(args, wanted, claims, shared.tried if shared is not None else set())
     return Job(
         wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
-        crf=args.crf, care=care, extend=extension.asked(args, wanted),
+        crf=args.crf, care=care, extend=extension.asked(args, wanted), budget=budget, prediction=prediction,
     )  # fmt: skip
 
 

@@ -53,3 +53,11 @@ def peaks(device: torch.device) -> dict[str, int]:
         found["allocated"] = int(torch.cuda.max_memory_allocated(device))
         found["reserved"] = int(torch.cuda.max_memory_reserved(device))
     return found
+
+
+def available_ram() -> int | None:
+    """Bytes of RAM that processes can still get; None on a system that does not tell."""
+    if sys.platform != "linux":
+        return None
+    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return next((int(row[1]) * 1024 for row in rows if row[0] == "MemAvailable:"), None)

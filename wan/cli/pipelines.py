@@ -25,6 +25,8 @@ def build(job: Job, terminal: Terminal) -> Any:
     import wan
     from wan.families import class_name
 
+    if job.budget is not None:
+        job.budget.enforce(job.hardware)
     wanted, values = job.wanted, plan_values(job.plan)
     pipeline_class = getattr(wan, class_name(wanted.task))
     beyond = {

@@ -94,11 +94,11 @@ def find_source(args: argparse.Namespace) -> Source:
     return Source(task=task, checkpoint=checkpoint, repository=repository, why=why)
 
 
-def resolve(args: argparse.Namespace, source: Source | None = None) -> Wanted:
+def resolve(args: argparse.Namespace, source: Source | None = None, *, inputs: bool = True) -> Wanted:
     """What the command line asks for. Raises BadRequest or BadCheckpoint; loads nothing but configs.
 
     Of a Hugging Face repository it looks at no more than that: `fetch` brings the rest once everything else is checked.
-    A `source` that is known is not looked for again.
+    A `source` that is known is not looked for again. Without `inputs` the task's pictures and sounds are not asked for.
     """
     from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 
@@ -113,11 +113,11 @@ def resolve(args: argparse.Namespace, source: Source | None = None) -> Wanted:
     fps = _positive("--fps", args.fps, config.sample_fps, "fps", why)
     num_frames = _num_frames(args, task, config, fps, why)
     asked = Asked(task=task, config=config, width=width, height=height, num_frames=num_frames, fps=fps)
-    inputs = read_inputs(args, asked)
-    if inputs is not None:
-        width, height = inputs.size or (width, height)
-        num_frames = inputs.num_frames or num_frames
-        why |= inputs.why
+    given = read_inputs(args, asked) if inputs else None
+    if given is not None:
+        width, height = given.size or (width, height)
+        num_frames = given.num_frames or num_frames
+        why |= given.why
     check_video(height, width, asked.num_frames, stride=tuple(config.vae_stride), patch=tuple(config.patch_size))
     sampling = _sampling(args, config, asked, why)
     checkpoint = _checkpoint(args, repository, task, WAN_CONFIGS) if source is None else source.checkpoint
@@ -135,7 +135,7 @@ def resolve(args: argparse.Namespace, source: Source | None = None) -> Wanted:
         noise_device=args.noise_device,
         load_format=args.load_format or "auto",
         files=_files(args),
-        inputs=inputs,
+        inputs=given,
         repository=None if args.load_format == "dummy" else repository,
         why=why,
         **sampling,

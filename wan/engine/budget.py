@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,16 +29,6 @@ _SAVERS = {name for name, plain in PLAIN.items() if name not in ("use_batched_cf
 _DOING = {
     "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
 }  # fmt: skip
-_UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes of 12GB (10^9), 12GiB (2^30), 11.5G (as GB) or 900MB. Raises ValueError with the reason."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is not a size of memory: write 12GB, 11.5GB, 900MB or 12GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS[match[2].lower()])
 
 
 def gigabytes(size: float) -> str:

@@ -1,0 +1,126 @@
+"""`--vram_budget`, `--reserve_vram` and `--find_max` as a user meets them, without a GPU or with one described."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from wan.cli.args import memory, parse
+from wan.cli.budget import Budget, budget_of, within_budget
+from wan.cli.generate import main
+from wan.cli.presets import make_plan
+from wan.cli.request import resolve
+from wan.engine.errors import BadRequest, IncompatibleOptions
+from wan.engine.hardware import Hardware
+from wan.engine.optimizations import registry
+from wan.engine.plan import Plan, options
+from wan.engine.prediction import Prediction
+from wan.engine.roofline import GB
+
+SMALL = ["--task", "t2v-1.3B", "--size", "480p", "--load_format", "dummy"]
+CARD = Hardware(
+    device=torch.device("cuda", 0), name="NVIDIA GeForce RTX 4090", sm=(8, 9), total_memory=25 * GB, free_memory=20 * GB
+)
+
+
+def arguments(*argv: str) -> Any:
+    return parse([*SMALL, *argv], options(registry()))
+
+
+def planned(*argv: str, preset: str = "none", card: Hardware = CARD) -> tuple[Plan, Prediction, Budget]:
+    args = arguments(*argv)
+    budget = budget_of(args, card, preset)
+    assert budget is not None
+    plan = make_plan(args, registry(), card, "none")
+    return *within_budget(args, resolve(args), plan, registry(), card, budget), budget
+
+
+def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    assert main([*SMALL, "--vram_budget", "8GB", "--print_plan", "--save_file", f"{tmp_path}/"]) == 0
+    said = capsys.readouterr().err
+    assert "of 8.0 GB, computed for" in said
+    assert "(not measured)" in said
+    assert "s/step" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--vram_budget", "12"], "write 12GB"),
+        (["--vram_budget", "8GB"], "--print_plan"),
+        (["--reserve_vram", "2GB"], "no GPU here"),
+        (["--vram_budget", "2GB", "--print_plan"], "Give --vram_budget "),
+        (["--find_max", "frames"], "--vram_budget 12GB"),
+        (["--find_max", "colours", "--vram_budget", "8GB"], "frames"),
+    ],
+)
+def test_what_cannot_be_done_ends_with_2_and_the_remedy(
+    argv: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--device", "cpu", *argv]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_find_max_answers_with_what_fits_and_not_more(capsys: pytest.CaptureFixture[str]) -> None:
+    def answer(budget: str) -> int:
+        assert main([*SMALL, "--device", "cpu", "--find_max", "frames", "--vram_budget", budget]) == 0
+        return int(capsys.readouterr().out)
+
+    fewer, more = answer("8GB"), answer("12GB")
+    assert fewer % 4 == more % 4 == 1
+    assert 81 < fewer < more
+    frames = ["--vram_budget", "8GB", "--print_plan", "--frame_num"]
+    args = arguments(*frames, str(fewer))
+    budget = Budget(size=8 * GB, asked=True)
+    plan = make_plan(args, registry(), CARD, "none")
+    within_budget(args, resolve(args), plan, registry(), CARD, budget)
+    args = arguments(*frames, str(fewer + 4 * (fewer // 20)))  # well beyond the last that fits
+    with pytest.raises(IncompatibleOptions, match="too little"):
+        within_budget(args, resolve(args), plan, registry(), CARD, budget)
+
+
+def test_flags_win_over_the_budget_and_the_budget_over_the_preset() -> None:
+    plan, found, _ = planned("--vram_budget", "20GB", "--offload_model", "True", "--vae_cpu")
+    values = plan.values()
+    assert values["offload_model"] is True and values["vae_cpu"] is True
+    assert plan.reasons["offload_model"] == "flag"
+    assert found.values["offload_model"] is True
+    roomy, _, _ = planned("--vram_budget", "20GB")
+    assert roomy.values()["offload_model"] is False
+    assert roomy.reasons["offload_model"] == "budget: there is room"
+
+
+def test_auto_plans_for_what_is_free_and_nothing_else_does() -> None:
+    assert budget_of(arguments(), CARD, "none") is None
+    auto = budget_of(arguments(), CARD, "auto")
+    assert auto is not None and not auto.asked
+    assert 20 * GB < auto.size < 20.5 * GB  # with the context of this process, less a margin
+    reserved = budget_of(arguments("--reserve_vram", "10GB"), CARD, "none")
+    assert reserved == Budget(size=15 * GB, asked=True)
+    both = budget_of(arguments("--reserve_vram", "10GB", "--vram_budget", "24GB"), CARD, "none")
+    assert both == reserved
+    with pytest.raises(BadRequest, match="reserve less"):
+        budget_of(arguments("--reserve_vram", "25GB"), CARD, "none")
+
+
+def test_a_refusal_nobody_asked_for_says_how_to_go_without() -> None:
+    tiny = dataclasses.replace(CARD, free_memory=2 * GB)
+    with pytest.raises(IncompatibleOptions, match="--preset none"):
+        planned(preset="auto", card=tiny)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GB", 12 * GB), ("12GiB", 12 * 2**30), ("11.5G", 11_500_000_000), ("900 MB", 900_000_000), ("8gb", 8 * GB)],
+)
+def test_sizes_of_memory_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["12", "GB", "-3GB", "12 apples", "0GB", "1e3GB", ""])
+def test_what_is_no_size_of_memory_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(Exception, match="write 12GB"):
+        memory(text)

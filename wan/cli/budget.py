@@ -1,0 +1,164 @@
+"""`--vram_budget`, `--reserve_vram` and `--find_max`: from flags and a machine to a choice of options, and into a plan.
+
+Flags win over what is chosen, what is chosen wins over the preset.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan.cli.memory import available_ram
+from wan.components import Checkpoint, dummy_components
+from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
+from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
+from wan.engine.plan import Plan, options
+from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Models, Prediction, Video
+from wan.engine.roofline import card_for, card_of
+from wan.sizes import models_of
+
+if TYPE_CHECKING:
+    from wan.cli.request import Wanted
+    from wan.engine.hardware import Hardware
+    from wan.engine.plan import Optimization
+    from wan.layouts import CheckpointFiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes of GPU memory the process may take, as the driver counts. `asked` is False where nobody set a limit."""
+
+    size: int
+    asked: bool
+
+    def enforce(self, hardware: Hardware) -> None:
+        """Let torch refuse what goes beyond, where a limit was asked for."""
+        if self.asked and hardware.is_cuda:
+            import torch
+
+            share = min(1.0, max(0, self.size - CONTEXT_BYTES) / hardware.total_memory)
+            torch.cuda.set_per_process_memory_fraction(share, hardware.device)
+
+
+def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str) -> Budget | None:
+    """What there is to plan with; None where nothing asks for a plan. Raises BadRequest.
+
+    `preset` is the one that acts: `auto` plans wherever there is a GPU.
+    """
+    asked, reserved = args.vram_budget, args.reserve_vram
+    wanted = args.find_max is not None or (preset == "auto" and hardware.is_cuda)
+    if asked is None and reserved is None and not wanted:
+        return None
+    if not hardware.is_cuda:
+        return _imagined(args)
+    left = hardware.free_memory + CONTEXT_BYTES - MARGIN_BYTES
+    if reserved is not None:
+        left = hardware.total_memory - reserved
+        if left <= 0:
+            raise BadRequest(f"--reserve_vram {gigabytes(reserved)}: {hardware.name} has no more; reserve less")
+    return Budget(size=left if asked is None else min(asked, left), asked=not (asked is None and reserved is None))
+
+
+def _imagined(args: argparse.Namespace) -> Budget:
+    """The budget of a GPU that is not here, for a look at what would be chosen."""
+    if args.vram_budget is None and args.find_max is not None:
+        raise BadRequest(
+            f"--find_max {args.find_max}: there is no GPU here; say how much memory one has, as in --vram_budget 12GB"
+        )
+    if args.vram_budget is None:
+        raise BadRequest(
+            f"--reserve_vram {gigabytes(args.reserve_vram)}: there is no GPU here to reserve it on; leave it out"
+        )
+    if not args.print_plan and args.find_max is None:
+        raise BadRequest(
+            f"--vram_budget {gigabytes(args.vram_budget)}: there is no GPU here to keep within it; leave it out, or "
+            "add --print_plan to see what would be chosen on one"
+        )
+    return Budget(size=args.vram_budget - (args.reserve_vram or 0), asked=True)
+
+
+def within_budget(
+    args: argparse.Namespace,
+    wanted: Wanted,
+    plan: Plan,
+    registry: Sequence[type[Optimization]],
+    hardware: Hardware,
+    budget: Budget,
+) -> tuple[Plan, Prediction]:
+    """`plan` with the fastest choice that fits in place of what no flag says. Raises IncompatibleOptions."""
+    planner = planner_of(args, wanted, plan, registry, hardware, budget)
+    try:
+        found = planner.choose(budget.size)
+    except IncompatibleOptions as refusal:
+        if budget.asked:
+            raise
+        raise IncompatibleOptions(f"{refusal}; --preset none tries it without a plan") from refusal
+    free = found.reasons.keys() & {o.name for o in options(registry)}
+    chosen = {name: found.values[name] for name in free}
+    reasons = {**plan.reasons, **{name: f"budget: {found.reasons[name]}" for name in free}}
+    changed = Plan.of(registry, plan.values() | chosen, source="budget", reasons=reasons)
+    changed.check(hardware)
+    return changed, found
+
+
+def planner_of(
+    args: argparse.Namespace,
+    wanted: Wanted,
+    plan: Plan,
+    registry: Sequence[type[Optimization]],
+    hardware: Hardware,
+    budget: Budget,
+    video: Video | None = None,
+) -> Planner:
+    """What chooses for this job; `video` replaces the one that is wanted."""
+    names = {o.name for o in options(registry)} & PLAIN.keys()
+    pinned = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "auto")}
+    wishes = Wishes(
+        available=frozenset(names), pinned=pinned, ram=available_ram() if hardware.is_cuda else None,
+        others={name: value for name, value in plan.values().items() if name in PLAIN},
+    )  # fmt: skip
+    card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
+    return Planner(models_for(wanted, plan), video or video_of(wanted), card, wishes)
+
+
+def models_for(wanted: Wanted, plan: Plan) -> Models:
+    """The sizes of the networks of a job, from the headers of its files, or the task's where they are not there yet."""
+    dtype = plan.values().get("param_dtype")
+    checkpoint = None if wanted.load_format == "dummy" else wanted.checkpoint
+    return _models(wanted.task, checkpoint, wanted.files, wanted.repository is not None, dtype)
+
+
+@lru_cache(maxsize=4)
+def _models(task: str, folder: Path | None, files: CheckpointFiles | None, remote: bool, dtype: str | None) -> Models:
+    import torch
+
+    from wan.configs import WAN_CONFIGS
+
+    config = WAN_CONFIGS[task]
+    components = dummy_components(config)
+    if folder is not None or files is not None:
+        kind = config.get("model_type", task.partition("-")[0].replace("t2i", "t2v"))
+        try:
+            components = Checkpoint(folder, config, files, kind).components()
+        except BadCheckpoint:
+            if not remote:
+                raise
+    return models_of(components, param_dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def video_of(wanted: Wanted) -> Video:
+    """What a job costs. Of a video that is made clip by clip a clip, beside two latent frames of what came before."""
+    config, arguments = wanted.config, wanted.arguments
+    clip = arguments.get("infer_frames") or arguments.get("clip_len")
+    side, patch = config.vae_stride[1], config.patch_size[1]
+    frame = (wanted.width // side // patch) * (wanted.height // side // patch)
+    scales = wanted.guide_scale if isinstance(wanted.guide_scale, tuple) else (wanted.guide_scale,)
+    return Video(
+        width=wanted.width, height=wanted.height, frames=clip or wanted.num_frames, steps=wanted.steps,
+        forwards=1 if set(scales) == {1} else 2, encodes=wanted.inputs is not None and bool(wanted.inputs.files),
+        more_tokens=2 * frame if clip else 0,
+    )  # fmt: skip
