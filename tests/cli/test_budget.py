@@ -22,7 +22,7 @@ from wan.engine.roofline import GB
 
 SMALL = ["--task", "t2v-1.3B", "--size", "480p", "--load_format", "dummy"]
 CARD = Hardware(
-    device=torch.device("cuda", 0), name="NVIDIA GeForce RTX 4090", sm=(8, 9), total_memory=25 * GB, free_memory=20 * GB
+    device=torch.device("cuda", 0), name="NVIDIA L40S", sm=(8, 9), total_memory=48 * GB, free_memory=40 * GB
 )
 
 
@@ -83,12 +83,12 @@ def test_find_max_answers_with_what_fits_and_not_more(capsys: pytest.CaptureFixt
 
 
 def test_flags_win_over_the_budget_and_the_budget_over_the_preset() -> None:
-    plan, found, _ = planned("--vram_budget", "20GB", "--offload_model", "True", "--vae_cpu")
+    plan, found, _ = planned("--vram_budget", "32GB", "--offload_model", "True", "--vae_cpu")
     values = plan.values()
     assert values["offload_model"] is True and values["vae_cpu"] is True
     assert plan.reasons["offload_model"] == "flag"
     assert found.values["offload_model"] is True
-    roomy, _, _ = planned("--vram_budget", "20GB")
+    roomy, _, _ = planned("--vram_budget", "32GB")
     assert roomy.values()["offload_model"] is False
     assert roomy.reasons["offload_model"] == "budget: there is room"
 
@@ -97,13 +97,13 @@ def test_auto_plans_for_what_is_free_and_nothing_else_does() -> None:
     assert budget_of(arguments(), CARD, "none") is None
     auto = budget_of(arguments(), CARD, "auto")
     assert auto is not None and not auto.asked
-    assert 20 * GB < auto.size < 20.5 * GB  # with the context of this process, less a margin
+    assert 40 * GB < auto.size < 40.5 * GB  # with the context of this process, less a margin
     reserved = budget_of(arguments("--reserve_vram", "10GB"), CARD, "none")
-    assert reserved == Budget(size=15 * GB, asked=True)
-    both = budget_of(arguments("--reserve_vram", "10GB", "--vram_budget", "24GB"), CARD, "none")
+    assert reserved == Budget(size=38 * GB, asked=True)
+    both = budget_of(arguments("--reserve_vram", "10GB", "--vram_budget", "44GB"), CARD, "none")
     assert both == reserved
     with pytest.raises(BadRequest, match="reserve less"):
-        budget_of(arguments("--reserve_vram", "25GB"), CARD, "none")
+        budget_of(arguments("--reserve_vram", "48GB"), CARD, "none")
 
 
 def test_a_refusal_nobody_asked_for_says_how_to_go_without() -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from wan.engine.roofline import card_for, card_of
 from wan.sizes import models_of
 
 if TYPE_CHECKING:
+    from wan.cli.generate import Job
     from wan.cli.request import Wanted
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization
@@ -103,6 +104,21 @@ def within_budget(
     changed = Plan.of(registry, plan.values() | chosen, source="budget", reasons=reasons)
     changed.check(hardware)
     return changed, found
+
+
+def in_step(jobs: list[Job], registry: Sequence[type[Optimization]]) -> list[Job]:
+    """Jobs of a queue with one choice of all that must stand before networks are loaded: that of the largest video."""
+    planned = [job for job in jobs if job.prediction is not None]
+    if not planned:
+        return jobs
+    largest = max(planned, key=lambda job: job.wanted.width * job.wanted.height * job.wanted.num_frames)
+    fixed = {o.name for kind in registry if not kind.per_call for o in options([kind])}
+    reasons, values = largest.plan.reasons, largest.plan.values()
+    same = {name: values[name] for name in fixed if reasons.get(name, "").startswith("budget")}
+    return [
+        job if job is largest else replace(job, plan=job.plan.changed(registry, same, source="budget of the largest"))
+        for job in jobs
+    ]
 
 
 def planner_of(

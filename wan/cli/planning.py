@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan.cli import record
+from wan.cli.budget import in_step
 from wan.cli.extension import asked_for
 from wan.cli.generate import Job, Shared, examine, machine, names_file, recorded
 from wan.cli.naming import Claims, run_folder
@@ -75,7 +76,7 @@ def plan_queue(args: argparse.Namespace, registry: Sequence[type[Optimization]],
         if entry.seed is None or entry.seed < 0:
             entry.args.base_seed = seed + index
     shared = Shared(source=find_source(args), hardware=machine(args, registry))
-    jobs = [_examined(entry, registry, default_preset, shared) for entry in entries]
+    jobs = in_step([_examined(entry, registry, default_preset, shared) for entry in entries], registry)
     _refuse_one_file_twice(entries)
     items = [
         Item(index=index, entry=entry, job=job, key=_key(job, entry))

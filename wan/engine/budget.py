@@ -25,7 +25,12 @@ MARGIN_BYTES = 3 * GB // 10
 FEWEST_ROWS = 4096
 """Fewer rows at a time would no longer fill a card."""
 
-_SAVERS = {name for name, plain in PLAIN.items() if name not in ("use_batched_cfg", "compile", "cache")}
+SAVERS = (
+    "offload_model", "vae_cpu", "t5_cpu", "stream_t5", "block_swap", "ffn_rows", "attention_rows", "vae_tiling",
+    "vae_tile_size",
+)  # fmt: skip
+CHOSEN = (*SAVERS, "use_batched_cfg")
+"""The options it chooses; of the others it takes what the plan has."""
 _DOING = {
     "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
 }  # fmt: skip
@@ -141,9 +146,9 @@ class Planner:
     def _reasons(self, found: Prediction, budget: int) -> dict[str, str]:
         """Why each option that is chosen has its value: what would be without it."""
         reasons = {}
-        for name in sorted(self.wishes.available & PLAIN.keys() - self.wishes.pinned.keys()):
+        for name in [each for each in CHOSEN if each in self.wishes.available and each not in self.wishes.pinned]:
             if found.values[name] == PLAIN[name]:
-                reasons[name] = "there is room" if name in _SAVERS else "nothing gained"
+                reasons[name] = "there is room" if name in SAVERS else "nothing gained"
                 continue
             without = self._predict({**found.values, name: PLAIN[name]})
             if without.peak_bytes > budget:
