@@ -8,6 +8,7 @@ python tools/gen_docs.py --check    exit 1 and name the pages that are out of da
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +28,7 @@ from wan.engine.budget import Planner, Wishes, gigabytes  # noqa: E402
 from wan.engine.optimizations import registry  # noqa: E402
 from wan.engine.options import Option, options_of  # noqa: E402
 from wan.engine.plan import Optimization, Order, options  # noqa: E402
-from wan.engine.prediction import PLAIN, Video  # noqa: E402
+from wan.engine.prediction import PLAIN, Models, Video  # noqa: E402
 from wan.engine.roofline import GB, card_for  # noqa: E402
 from wan.families import class_name, family_of  # noqa: E402
 from wan.sizes import models_of  # noqa: E402
@@ -230,11 +231,16 @@ def memory_page() -> str:
     return "\n".join([written.rstrip(), "", mark, said, "", *table(header, rows), ""])
 
 
+@functools.cache
+def _sizes(task: str) -> Models:
+    return models_of(dummy_components(WAN_CONFIGS[task]))
+
+
 def _choices(task: str, size: str) -> Iterator[list[str]]:
     config, known = WAN_CONFIGS[task], frozenset(o.name for o in options(registry()))
     width, height = map(int, size.split("*"))
     video = Video(width=width, height=height, frames=config.frame_num, steps=config.sample_steps)
-    sizes, wishes = models_of(dummy_components(config)), Wishes(available=known, others={"compile": True})
+    sizes, wishes = _sizes(task), Wishes(available=known, others={"compile": True})
     for budget in BUDGETS_GB:
         card = card_for(budget * GB)
         planner = Planner(sizes, video, card, wishes)
