@@ -134,13 +134,16 @@ class Planner:
         return rungs
 
     def _swapped(self, free: Prediction, lean: Prediction, budget: int) -> Prediction:
-        """`free` with the fewest blocks swapped that make it fit; what a stage needs falls evenly with each."""
+        """`free` with the fewest blocks swapped that make it fit; beyond the slots a stage shrinks evenly with each."""
         slots = min(1 + free.values["prefetch_blocks"], self.blocks)
-        count = slots + 1
-        for phase, parts in free.phases.items():
+        start = self._predict({**free.values, "block_swap": slots})
+        count = slots
+        for phase, parts in start.phases.items():
             before, after = sum(parts.values()), sum(lean.phases[phase].values())
             if before > budget:
-                count = max(count, slots + math.ceil((before - budget) * (self.blocks - slots) / (before - after)))
+                # A little less a block, for bytes that are rounded down.
+                a_block = (before - after) / (self.blocks - slots) - 1
+                count = max(count, slots + math.ceil((before - budget) / a_block))
         return self._predict({**free.values, "block_swap": min(count, self.blocks)})
 
     def _reasons(self, found: Prediction, budget: int) -> dict[str, str]:
