@@ -52,7 +52,7 @@ def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str], t
         (["--vram_budget", "12"], "write 12GB"),
         (["--vram_budget", "8GB"], "--print_plan"),
         (["--reserve_vram", "2GB"], "no GPU here"),
-        (["--vram_budget", "2GB", "--print_plan"], "Give --vram_budget "),
+        (["--vram_budget", "1GB", "--print_plan"], "Give --vram_budget "),
         (["--find_max", "frames"], "--vram_budget 12GB"),
         (["--find_max", "colours", "--vram_budget", "8GB"], "frames"),
     ],
@@ -107,7 +107,7 @@ def test_auto_plans_for_what_is_free_and_nothing_else_does() -> None:
 
 
 def test_a_refusal_nobody_asked_for_says_how_to_go_without() -> None:
-    tiny = dataclasses.replace(CARD, free_memory=2 * GB)
+    tiny = dataclasses.replace(CARD, free_memory=GB)
     with pytest.raises(IncompatibleOptions, match="--preset none"):
         planned(preset="auto", card=tiny)
 
