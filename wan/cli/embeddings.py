@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wan.cli import env
-from wan.engine.errors import BadRequest
+from wan.cli import caches
 
 if TYPE_CHECKING:
     from wan.embeddings import EmbeddingCache
 
-OFF = "off"
 FOLDER = "embeddings"
 
 
@@ -23,32 +19,13 @@ def cache_for(args: argparse.Namespace, record: Mapping[str, Any]) -> EmbeddingC
 
     Raises BadRequest where the user names a folder that cannot be used; the default one may fail unnoticed.
     """
-    folder = _folder(args.embedding_cache, make=not args.print_plan)
+    folder = caches.folder(args, "embedding_cache", FOLDER, make=not args.print_plan)
     encoder = _encoder(record)
     if folder is None or encoder is None:
         return None
     from wan.embeddings import EmbeddingCache
 
     return EmbeddingCache(folder, encoder)
-
-
-def _folder(named: str | None, *, make: bool) -> Path | None:
-    if named is None:
-        base = env.cache_folder()
-        return None if base is None else base / FOLDER
-    if named.lower() == OFF:
-        return None
-    folder = Path(named).expanduser()
-    try:
-        if make and named:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadRequest(
-            f"--embedding_cache {named!r}: no folder can be made there ({error.strerror}); choose another, or off"
-        ) from error
-    if not named or (make and not os.access(folder, os.W_OK | os.X_OK)):
-        raise BadRequest(f"--embedding_cache {named!r} is no folder that can be written: choose another, or off")
-    return folder
 
 
 def _encoder(record: Mapping[str, Any]) -> str | None:

@@ -11,6 +11,25 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC
 """Variables that set up torch's allocator of GPU memory; the first is the one torch 2.11 and newer ask for."""
 
 
+TOLD = (
+    *ALLOCATOR, "CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER", "CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING",
+    "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_OFFLINE", "LOCAL_RANK", "MKL_NUM_THREADS", "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "RANK", "TORCHDYNAMO_DISABLE", "TORCHINDUCTOR_CACHE_DIR", "TORCH_LOGS",
+    "TRITON_CACHE_DIR", "WORLD_SIZE", "XDG_CACHE_HOME",
+)  # fmt: skip
+"""Variables a report may show: each changes how torch runs, none is a secret."""
+
+
+def told() -> dict[str, str]:
+    """Those of `TOLD` that are set."""
+    return {name: os.environ[name] for name in sorted(TOLD) if name in os.environ}
+
+
+def keep_compiled_in(folder: Path) -> None:
+    """Let torch keep compiled code in `folder`, unless the user has named a place."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
 def prepare() -> None:
     """Set allocator and OpenMP defaults. Call it before anything imports torch; later it has no effect."""
     # Threads that spin between parallel regions take the other cores from data transfers and from other programs.

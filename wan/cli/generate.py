@@ -116,6 +116,12 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
 
     known = tuple(registry())
     args = parse(argv, options(known))
+    if args.clear_compile_cache or args.dry_run:
+        from wan.cli.caches import clear_compiled
+
+        for line in clear_compiled(args):
+            print(line)
+        return 0
     tell_unused(args)
     if args.find_max is not None:
         from wan.cli.find_max import find_max
@@ -184,6 +190,7 @@ def produce(job: Job, terminal: Terminal) -> Path:
 
 def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], default_preset: str, claims: Claims) -> Job:
     """The job of a namespace, or the first reason why it cannot be done. No weight is read."""
+    from wan.cli.environment import known_bad
     from wan.cli.extension import carried
     from wan.cli.recall import recall, refuse_to_replace
     from wan.cli.request import fetch
@@ -194,15 +201,19 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     if not args.print_plan:
         fetch(job.wanted)
     job = recorded(args, job)
-    job = dataclasses.replace(job, notes=(*recalled.notes, *recalled.differences(job.record)))
+    job = dataclasses.replace(
+        job, notes=(*known_bad(job.record["versions"]), *recalled.notes, *recalled.differences(job.record))
+    )
     return carried(job, recalled.repeated)
 
 
 def recorded(args: argparse.Namespace, job: Job) -> Job:
     """`job` with its record, and with what is known by the hashes in it."""
     from wan.cli import record
+    from wan.cli.caches import keep_compiled
     from wan.cli.embeddings import cache_for
 
+    keep_compiled(args, job.plan)
     made = record.build(args, job)
     return dataclasses.replace(job, record=made, embeddings=cache_for(args, made))
 

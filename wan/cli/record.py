@@ -9,17 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wan
-from wan.cli import fingerprints, memory
+from wan.cli import environment, fingerprints, memory
 from wan.cli.replay import apply, changed_weights, differences, require_same_start
 from wan.cli.report import pace
 from wan.engine.errors import BadRequest, WanError
@@ -40,20 +38,15 @@ __all__ = [
     "build",
     "changed_weights",
     "complete",
-    "device",
     "differences",
     "peak_bytes",
     "read",
     "require_same_start",
     "sidecar_path",
-    "versions",
     "write_sidecar",
 ]
 
 FORMAT = 1
-
-# By the names of their distributions: what may change a bit of the frames, and the ffmpeg that encodes them.
-_PACKAGES = ("transformers", "tokenizers", "triton", "flash-attn", "flash-attn-3", "sageattention", "imageio-ffmpeg")
 
 
 def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
@@ -65,8 +58,8 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "flags": _flags(args, job),
         "preset": args.preset,
         "plan": job.plan.values(),
-        "versions": versions(),
-        "device": device(job.hardware),
+        "versions": environment.versions(),
+        "device": environment.device(job.hardware),
         "weights": _weights(job.wanted) | fingerprints.of_parts(_loras(job).items()),
         "inputs": {} if job.wanted.inputs is None else fingerprints.of_parts(job.wanted.inputs.files.items()),
         "output": {"path": os.path.abspath(job.output.path), "fps": job.output.fps, "crf": job.output.crf},
@@ -191,33 +184,6 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
 
 def _absolute(path: str | Path) -> str:
     return os.path.abspath(Path(path).expanduser())
-
-
-def versions() -> dict[str, Any]:
-    """Of what may change a bit of the frames."""
-    import torch
-
-    cudnn = torch.backends.cudnn.version() if torch.version.cuda else None
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    found["cudnn"] = None if cudnn is None else str(cudnn)
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {name: str(version) for name, version in found.items() if version is not None}
-
-
-def device(hardware: Hardware) -> dict[str, Any]:
-    """The machine that computes."""
-    import torch
-
-    found: dict[str, Any] = {"type": hardware.device.type, "name": hardware.name}
-    if hardware.is_cuda:
-        found |= {"sm": list(hardware.sm), "memory_bytes": hardware.total_memory}
-    else:
-        found["instructions"] = torch.backends.cpu.get_cpu_capability()
-    return found | {"processes": hardware.world_size, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def _weights(wanted: Wanted) -> dict[str, dict[str, str]]:

@@ -143,7 +143,7 @@ def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Run
     """The runner of a variant, loaded. Raises WanError."""
     import torch
 
-    from wan.cli import record
+    from wan.cli import environment
     from wan.cli.args import parse
     from wan.cli.benchmarking.ceilings import measure_ceilings
     from wan.cli.benchmarking.noise import read_noise
@@ -161,7 +161,7 @@ def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Run
     if hardware.is_cuda:
         torch.cuda.empty_cache()
     noise = None if setting.noise is None else read_noise(setting.noise)
-    machine = {"device": record.device(hardware), "versions": record.versions()}
+    machine = {"device": environment.device(hardware), "versions": environment.versions()}
     versions = {"torch": str(torch.__version__)}
     runner: Runner
     if variant.runner == "upstream":

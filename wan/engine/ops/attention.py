@@ -212,16 +212,21 @@ def _first_working(
     for name in names:
         if name == "sdpa":
             break
-        fault = "gives wrong values"
-        try:
-            attend = BACKENDS[name].load()
-            if self_test(attend, hardware.device, dtype, head_dim):
-                return name, attend, why
-        except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            fault = f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        why = f"{name} {fault}"
+        found = fault(BACKENDS[name], hardware.device, dtype, head_dim)
+        if not found:
+            return name, BACKENDS[name].load(), why
+        why = f"{name} {found}"
         warnings.warn(f"attention backend {why}; the next best is used", RuntimeWarning, stacklevel=3)
     return "sdpa", sdpa, why
+
+
+def fault(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """What is wrong with a backend, by its first call; "" for one that works."""
+    try:
+        works = self_test(backend.load(), device, dtype, head_dim)
+    except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return "" if works else "gives wrong values"
 
 
 @torch.no_grad()
