@@ -32,6 +32,7 @@ def test_report_is_text_and_json_without_a_gpu_and_without_secrets(save_env: Any
     assert found["attention"].keys() == BACKENDS.keys() and found["attention"]["sdpa"] == "works"
     assert found["known_bad"] == environment.known_bad(found["torch"])
     assert all(f"{name}:" in out for name in found)
+    assert "known_bad: none\n" in out + "\n" or found["known_bad"]
     assert f"  sdpa: {found['attention']['sdpa']}\n" in out
 
 

@@ -110,9 +110,9 @@ def text(found: Mapping[str, Any]) -> str:
     """`collect()` to be read: a line each, tables indented."""
     lines = []
     for name, value in found.items():
-        rows = value.items() if isinstance(value, Mapping) else enumerate(value, 1) if isinstance(value, list) else ()
-        lines.append(f"{name}:" if rows else f"{name}: {'none' if value in (None, {}, []) else value}")
-        lines += [f"  {key}: {_cell(row)}" for key, row in rows]
+        table = dict(enumerate(value, 1)) if isinstance(value, list) else value if isinstance(value, Mapping) else {}
+        lines.append(f"{name}:" if table else f"{name}: {'none' if value in (None, {}, []) else value}")
+        lines += [f"  {key}: {_cell(row)}" for key, row in table.items()]
     return "\n".join(lines)
 
 
