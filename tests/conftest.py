@@ -103,6 +103,36 @@ def tiny_config(tiny_task: Any) -> Any:
     return type(tiny_task)(tiny_task)
 
 
+@pytest.fixture
+def programs_agree(tmp_path: Path) -> Callable[[list[str]], None]:
+    """`agree(argv)`: what generate_optimized.py makes of a command line beside what generate.py makes of it.
+
+    Without a preset, and in the conservative call on its own one, it is the same file, byte for byte.
+    """
+    from wan.cli.generate import main
+    from wan.video import verify_video
+
+    conservative = ["--no-compile", "--no-batched_cfg", "--offload_model", "True"]
+
+    def agree(argv: list[str]) -> None:
+        if "--save_file" in argv:
+            at = argv.index("--save_file")
+            argv = argv[:at] + argv[at + 2 :]
+
+        def made(name: str, *flags: str, **program: Any) -> Path:
+            file = tmp_path / name
+            assert main([*argv, "--save_file", str(file), "--no_metadata", "--crf", "0", *flags], **program) == 0
+            return file
+
+        optimized: dict[str, Any] = {"default_preset": "auto", "variables": True}
+        plain = made("plain.mp4")
+        assert made("none.mp4", "--preset", "none", **optimized).read_bytes() == plain.read_bytes()
+        assert made("careful.mp4", *conservative, **optimized).read_bytes() == plain.read_bytes()
+        assert verify_video(made("auto.mp4", **optimized)) == verify_video(plain)
+
+    return agree
+
+
 @pytest.fixture(scope="session")
 def write_header() -> Callable[[Path, Mapping[str, Sequence[int]]], Path]:
     """Writes a safetensors file of any size that takes no room: a header, and a hole where the weights would be."""

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,11 @@ import pytest
 import torch
 
 import wan
-from wan.cli import env, presets
+from wan.cli import env
 from wan.cli.generate import main
 from wan.cli.record import sidecar_path
 from wan.cli.report import Terminal, clock_time
 from wan.configs import WAN_CONFIGS
-from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import registry
 from wan.engine.types import Step
@@ -242,6 +242,12 @@ def test_one_command_line_works_for_the_optimised_class_too(tiny: list[str], mon
     assert capsys.readouterr().out.split() == ["plain.mp4", "optimised.mp4"]
 
 
+def test_the_optimised_program_without_a_preset_and_in_its_careful_call_makes_the_same_file(
+    tiny: list[str], programs_agree: Callable[[list[str]], None]
+) -> None:
+    programs_agree([*tiny, "--size", "32x32", "--frame_num", "5"])
+
+
 def test_one_frame_without_a_name_is_an_image_named_by_upstreams_rule(tiny: list[str], capsys: Any) -> None:
     assert main([*tiny, "--size", "32x16", "--frame_num", "1", "--prompt", "a/b: c?", "--save_file", "made/"]) == 0
     [made] = Path("made").glob("*.png")
@@ -265,7 +271,7 @@ def test_start_progress_and_end_are_told_on_stderr(tiny: list[str], capsys: Any)
         r"prompt  '.*' \(example, as there is no --prompt\)",
         r"video   32x32 \(--size 32x32\), 5 frames \(--frame_num\) at 16 fps = 0\.3 s",
         r"sample  2 steps of unipc, shift 12, guidance 2, seed 1 \(--base_seed\)",
-        r"run     on CPU .*offload_model=True \(one process\)",
+        r"run     on CPU .*offload_model=True \(default for one process\)",
         r"step 2/2  [\d.]+ s/it  ETA 0:00",
         r"times   .*decode [\d.]+ s.*save [\d.]+ s; [\d.]+ s in all",
         r"saved   a\.mp4",
@@ -325,61 +331,6 @@ def test_out_of_gpu_memory_says_what_to_try(recorder: type[Recorder], capsys: An
     recorder.error = torch.OutOfMemoryError("CUDA out of memory")
     assert main([*SMALL, "--no-offload"]) == 4
     assert re.search(r"out of GPU memory.*--offload_model True.*a smaller --size", capsys.readouterr().err)
-
-
-# Presets -------------------------------------------------------------------------------------------------------------
-
-
-def plan_line(argv: list[str], capsys: Any, **kw: Any) -> str:
-    assert main([*DUMMY, "--print_plan", *argv], **kw) == 0
-    return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("run "))
-
-
-def test_a_flag_wins_over_a_preset_and_a_preset_over_a_default(capsys: Any) -> None:
-    Path("mine.toml").write_text("tf32 = true\nt5_cpu = true\n")
-    line = plan_line(["--preset", "mine.toml", "--no-tf32"], capsys)
-    assert "t5_cpu=True (preset mine)" in line and "tf32=True" not in line
-    assert "offload_model=True (one process)" in line
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("warp = 9", "preset mine.toml: no option is called 'warp'; known: .*tf32"),
-        ("tf32 = 3", "preset mine.toml: tf32 = 3 is not a bool"),
-        ("[tf32]\non = true", "flat list"),
-        ("tf32 = yes please", "cannot be read"),
-    ],
-)
-def test_a_preset_with_a_mistake_is_refused(content: str, says: str, capsys: Any) -> None:
-    Path("mine.toml").write_text(content)
-    assert main([*DUMMY, "--preset", "mine.toml"]) == 2
-    assert re.search(says, capsys.readouterr().err)
-
-
-def test_auto_chooses_by_hardware_and_only_what_rounds(capsys: Any) -> None:
-    line = plan_line([], capsys, default_preset="auto")
-    assert "(preset cpu, default auto)" in line or "plain" in line
-    card = Hardware(device=torch.device("cuda"), name="NVIDIA H100 80GB HBM3", sm=(9, 0))
-    other = Hardware(device=torch.device("cuda"), name="NVIDIA L40S", sm=(8, 9))
-    chosen = [presets.find_preset("auto", hardware) for hardware in (CPU, card, other)]
-    assert [path.stem for path in chosen if path] == ["cpu", "h100", "auto"]
-    lossy = {name for cls in registry() if cls.grade == "lossy" for name in cls.__dataclass_fields__}
-    for path in chosen:
-        assert path is not None and not lossy & set(presets.read_preset(path))
-
-
-def test_every_shipped_preset_is_valid(root: Path) -> None:
-    from wan.engine.plan import Plan
-
-    for path in (root / "configs").glob("*.toml"):
-        Plan.of(registry(), presets.read_preset(path), source=path.name)
-
-
-def test_a_preset_may_not_be_a_folder() -> None:
-    Path("odd.toml").mkdir()
-    with pytest.raises(BadRequest, match="no such file"):
-        presets.find_preset("odd.toml", CPU)
 
 
 # What is said, and how fast ------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,10 @@ def refused(arguments: list[str], message: str, capsys: Any) -> None:
     out, err = capsys.readouterr()
     assert out == "" and re.search(message, err.splitlines()[-1]), err
     assert not list(Path().glob("*.mp4*")) and not re.search("^load ", err, flags=re.MULTILINE)
+
+
+def test_the_optimised_program_makes_it_too(talk: list[str], programs_agree: Callable[[list[str]], None]) -> None:
+    programs_agree([*talk, "--num_clip", "1"])
 
 
 @pytest.mark.parametrize(

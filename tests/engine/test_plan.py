@@ -117,7 +117,7 @@ def test_an_optimisation_refuses_hardware_it_cannot_use() -> None:
 def test_the_description_says_what_is_on_and_why() -> None:
     assert Plan.of(TOYS, {"early": False}).describe() == "plain"
     plan = Plan.of(TOYS, {"halve": "weight", "halve_rows": 8}, reasons={"halve": "preset h100: fits"})
-    assert plan.describe() == "halve=weight (preset h100: fits), halve_rows=8"
+    assert plan.describe() == "halve=weight (preset h100), halve_rows=8"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,6 +220,11 @@ def test_both_names_of_sequence_parallelism_are_accepted() -> None:
     assert "use_usp" in inspect.signature(resolve("wan:WanT2V")).parameters
 
 
-def test_optimized_class_has_its_three_keywords() -> None:
-    parameters = inspect.signature(resolve("wan:WanT2VOptimized")).parameters
-    assert {"enable_compile", "enable_tf32", "compile_mode"} <= set(parameters)
+@pytest.mark.parametrize("name", ["T2V", "I2V", "FLF2V", "TI2V", "Vace", "S2V", "Animate"])
+def test_optimized_class_is_the_plain_one_with_three_keywords(name: str) -> None:
+    plain, optimized = resolve(f"wan:Wan{name}"), resolve(f"wan:Wan{name}Optimized")
+    assert {"enable_compile", "enable_tf32", "compile_mode"} <= set(inspect.signature(optimized).parameters)
+    assert issubclass(optimized, plain) and optimized.generate is plain.generate and optimized.kind == plain.kind
+    parameters = inspect.signature(optimized.generate).parameters
+    assert {"offload_model", "seed"} <= set(parameters)  # per-call options, as use_batched_cfg, come by **extras
+    assert any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -40,6 +41,11 @@ def prepare() -> None:
     lacking = sys.platform != "linux" or any(kind in platform.release().lower() for kind in ("microsoft", "tegra"))
     if not lacking and not any(name in os.environ for name in ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True,garbage_collection_threshold:0.8"
+
+
+def environment() -> Mapping[str, str]:
+    """The variables as they are, for `wan.cli.variables`."""
+    return os.environ
 
 
 def rank() -> int:

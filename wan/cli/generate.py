@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from wan.cli.budget import Budget
     from wan.cli.extension import Extension
     from wan.cli.naming import Claims
+    from wan.cli.presets import Preset
     from wan.cli.request import Source, Wanted
     from wan.embeddings import EmbeddingCache
     from wan.engine.hardware import Hardware
@@ -78,6 +79,7 @@ class Job:
     device: str | None
     crf: int | None
     care: Care = Care()
+    preset: Preset | None = None
     budget: Budget | None = None
     prediction: Prediction | None = None
     record: dict[str, Any] = field(default_factory=dict)
@@ -86,13 +88,17 @@ class Job:
     notes: tuple[str, ...] = ()
 
 
-def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> int:
-    """Run the command line `argv` (default: the process's) and return the exit status; see `--help` for its values."""
+def main(argv: Sequence[str] | None = None, *, default_preset: str = "none", variables: bool = False) -> int:
+    """Run the command line `argv` (default: the process's) and return the exit status; see `--help` for its values.
+
+    With `variables` the environment may say some of the flags: `wan.cli.variables`.
+    """
     env.prepare()
     terminal = Terminal(io.StringIO() if env.rank() else None)
     try:
         with stoppable(), Notes(terminal):
-            return run(sys.argv[1:] if argv is None else argv, terminal, default_preset)
+            args = read(sys.argv[1:] if argv is None else argv, terminal, variables=variables)
+            return run(args, terminal, default_preset)
     except WanError as error:
         terminal.failed(str(error))
         return error.exit_code
@@ -106,29 +112,33 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none") -> 
         return int(leaving.code or 0)
 
 
-def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
-    """Check, then make the video. Raises WanError."""
+def read(argv: Sequence[str], terminal: Terminal, *, variables: bool) -> argparse.Namespace:
+    """The namespace of a command line, filled from the environment where that is asked for. Raises BadRequest."""
     from wan.cli.args import parse
-    from wan.cli.extension import extended_and_named, tell_unused
-    from wan.cli.naming import Claims
+    from wan.cli.extension import tell_unused
+    from wan.cli.variables import fill
     from wan.engine.optimizations import registry
     from wan.engine.plan import options
 
-    known = tuple(registry())
-    args = parse(argv, options(known))
-    if args.clear_compile_cache or args.dry_run:
-        from wan.cli.caches import clear_compiled
-
-        for line in clear_compiled(args):
-            print(line)
-        return 0
+    args = parse(argv, options(registry()))
+    for line in fill(args, env.environment()) if variables else ():
+        terminal.note(line)
     tell_unused(args)
-    if args.find_max is not None:
-        from wan.cli.find_max import find_max
+    return args
 
-        print(find_max(args, known, terminal, args.preset or default_preset))
+
+def run(args: argparse.Namespace, terminal: Terminal, default_preset: str) -> int:
+    """Check, then make the video. Raises WanError."""
+    from wan.cli.answers import answered
+    from wan.cli.extension import extended_and_named
+    from wan.cli.naming import Claims
+    from wan.cli.variables import named
+    from wan.engine.optimizations import registry
+
+    known = registry()
+    if answered(args, known, terminal, default_preset):
         return 0
-    with Claims() as claims:
+    with Claims() as claims, named(args):
         if args.prompt_file is not None:
             from wan.cli.queue import run_queue
 
@@ -140,6 +150,7 @@ def run(argv: Sequence[str], terminal: Terminal, default_preset: str) -> int:
         job = check(args, known, default_preset, claims)
         announce(job, terminal)
         if args.print_plan:
+            tell_plan(job, terminal)
             return 0
         return make(extended_and_named(args, job, claims, terminal), terminal)
 
@@ -149,12 +160,20 @@ def announce(job: Job, terminal: Terminal) -> None:
     from wan.engine.budget import describe_budget
 
     foreseen = [] if job.prediction is None else describe_budget(job.prediction)
-    for line in (*start_lines(job.wanted, job.plan, job.hardware), *foreseen):
+    for line in (*start_lines(job.wanted, job.plan, job.hardware, job.preset), *foreseen):
         terminal.line(line)
     if job.extend is not None:
         terminal.line(f"extend  {job.extend}")
     for line in job.notes:
         terminal.note(line)
+
+
+def tell_plan(job: Job, terminal: Terminal) -> None:
+    """Say every option with the reason for its value, and what is known of the networks."""
+    from wan.cli.plan_table import network_lines, option_lines
+
+    for line in (*option_lines(job.plan), *network_lines(job)):
+        terminal.line(line)
 
 
 def make(job: Job, terminal: Terminal) -> int:
@@ -230,20 +249,21 @@ def examine(
     """The job but for its record, with all checks that come before anything is downloaded."""
     from wan.cli import extension
     from wan.cli.budget import budget_of, within_budget
-    from wan.cli.presets import make_plan
+    from wan.cli.presets import plan_and_preset
     from wan.cli.request import resolve
     from wan.engine.plan import Plan
 
     here = machine(args, registry) if shared is None else shared.hardware
     wanted = resolve(args, shared.source if shared is not None else None)
-    plan, prediction = make_plan(args, registry, here, default_preset), None
+    (plan, preset), prediction = plan_and_preset(args, registry, here, default_preset), None
     budget = budget_of(args, here, args.preset or default_preset)
     if budget is not None:
         plan, prediction = within_budget(args, wanted, plan, registry, here, budget)
     output = _output(args, wanted, claims, shared.tried if shared is not None else set())
     return Job(
         wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
-        crf=args.crf, care=care, extend=extension.asked(args, wanted), budget=budget, prediction=prediction,
+        crf=args.crf, care=care, extend=extension.asked(args, wanted), preset=preset, budget=budget,
+        prediction=prediction,
     )  # fmt: skip
 
 

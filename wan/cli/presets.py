@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wan.cli.args import PROGRAM_DEFAULTS
-from wan.engine.errors import BadRequest, IncompatibleOptions
+from wan.cli.cards import nearest
+from wan.cli.variables import taken_from
+from wan.engine.errors import BadRequest, IncompatibleOptions, MissingPackage
 from wan.engine.hardware import Hardware
+from wan.engine.options import options_of
 from wan.engine.plan import Optimization, Plan, options
 from wan.resources import folder
 
-# `auto` looks for the first of these that says the card's name, and else takes cpu or auto.
-_CARDS = (("H100", "h100"),)
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A preset: its file, how it was asked for, and where `auto` took it, why.
+
+    `left_out` says what of it does not go with this machine or with a flag; a file of the user's keeps all.
+    """
+
+    path: Path
+    wanted: str = ""
+    why: str = ""
+    ours: bool = True
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.path.stem}{self.wanted}"
+
+    def lines(self) -> list[str]:
+        """What to say of it before the run."""
+        left = [f"note: preset {self.path.stem} without {text}" for text in self.left_out]
+        return [f"preset  {self.name}" + (f": {self.why}" if self.why else ""), *left]
 
 
 def make_plan(
@@ -25,41 +50,83 @@ def make_plan(
 
     Raises IncompatibleOptions or BadRequest before anything is loaded.
     """
+    return plan_and_preset(args, registry, hardware, default)[0]
+
+
+def plan_and_preset(
+    args: argparse.Namespace, registry: Sequence[type[Optimization]], hardware: Hardware, default: str
+) -> tuple[Plan, Preset | None]:
+    """The plan of `make_plan` and the preset in it; `default` is the preset where --preset is not spelled."""
     known = {o.name: o for o in options(registry)}
     here = chosen_here(known, hardware.world_size)
     values = {name: value for name, (value, _) in here.items()}
     reasons = {name: why for name, (_, why) in here.items()}
+    flags = {name: getattr(args, name) for name in known if getattr(args, name) is not None}
     name, wanted = (args.preset, "flag") if args.preset is not None else (default, "default")
-    path = find_preset(name, hardware)
-    if path is not None:
-        preset = read_preset(path)
-        Plan.of(registry, preset, source=f"preset {path.name}")
-        why = f"preset {path.stem}" + (f", {wanted} {name}" if name == "auto" else "")
-        values |= preset
-        reasons |= dict.fromkeys(preset, why)
-    flags = {o: getattr(args, o) for o in known if getattr(args, o) is not None}
-    plan = Plan.of(registry, values | flags, source="flag", reasons=reasons | dict.fromkeys(flags, "flag"))
+    preset = find_preset(name, hardware, wanted)
+    if preset is not None:
+        said = read_preset(preset.path)
+        Plan.of(registry, said, source=f"preset {preset.path.name}")
+        if preset.ours:
+            said, left_out = _going_with(registry, said, values, flags, hardware)
+            preset = replace(preset, left_out=left_out)
+        why = comments(preset.path)
+        values |= said
+        source = f"preset {preset.name}"
+        reasons |= {name: f"{source}: {why[name]}" if name in why else source for name in said}
+    reasons |= {name: taken_from(args, name) or "flag" for name in flags}
+    plan = Plan.of(registry, values | flags, source="flag", reasons=reasons)
     plan.check(hardware)
-    return plan
+    return plan, preset
 
 
-def find_preset(name: str, hardware: Hardware) -> Path | None:
-    """The file of preset `name` (a name in configs/, a path, `auto`); None for `none`. Raises BadRequest."""
+def _going_with(
+    registry: Sequence[type[Optimization]],
+    said: Mapping[str, Any],
+    values: Mapping[str, Any],
+    flags: Mapping[str, Any],
+    hardware: Hardware,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What of a preset can run here beside the flags, and what is left out with the reason.
+
+    Nobody asked for the single options of a preset, so one that cannot act is no error: a package that is missing, or
+    a flag that contradicts it.
+    """
+    kept: dict[str, Any] = {}
+    left_out: list[str] = []
+    Plan.of(registry, {**values, **flags}).check(hardware)
+    for kind in registry:
+        mine = {o.name: said[o.name] for o in options_of(kind) if o.name in said and o.name not in flags}
+        try:
+            Plan.of(registry, {**values, **kept, **mine, **flags}).check(hardware)
+        except (IncompatibleOptions, MissingPackage) as error:
+            left_out.append(f"{', '.join(mine)}: {error}")
+        else:
+            kept |= mine
+    return kept, tuple(left_out)
+
+
+def find_preset(name: str, hardware: Hardware, wanted: str = "flag") -> Preset | None:
+    """Preset `name` (a name in configs/, a path, `auto`); None for `none`. Raises BadRequest.
+
+    `wanted` says who named it.
+    """
     if name == "none":
         return None
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise BadRequest(f"--preset {name!r}: there is no such file")
-        return Path(name)
+        return Preset(path=Path(name), ours=False)
     try:
         places = folder("configs")
     except FileNotFoundError as error:
         raise BadRequest(f"--preset {name!r}: {error}; --preset FILE.toml still works") from error
-    path = places / f"{_by_hardware(places, hardware) if name == 'auto' else name}.toml"
+    stem, why = nearest(hardware) if name == "auto" else (name, "")
+    path = places / f"{stem}.toml"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in places.glob("*.toml")))
         raise BadRequest(f"--preset {name!r} is unknown: use none, auto, {there}, or a FILE.toml")
-    return path
+    return Preset(path=path, wanted=f", {wanted} auto" if name == "auto" else "", why=why)
 
 
 def read_preset(path: Path) -> dict[str, Any]:
@@ -74,17 +141,21 @@ def read_preset(path: Path) -> dict[str, Any]:
     return values
 
 
-def _by_hardware(places: Path, hardware: Hardware) -> str:
-    if not hardware.is_cuda:
-        return "cpu"
-    named = (preset for card, preset in _CARDS if card in hardware.name and (places / f"{preset}.toml").is_file())
-    return next(named, "auto")
+def comments(path: Path) -> Mapping[str, str]:
+    """Option -> the reason on its line of a preset that `read_preset` reads; options without one are left out."""
+    lines = re.finditer(
+        r'^(\w+)\s*=\s*(?:"[^"]*"|[^#"\n]+)\s*#\s*(.+)$', path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return {line[1]: line[2].strip() for line in lines}
 
 
 def chosen_here(known: Iterable[str], world_size: int) -> dict[str, tuple[Any, str]]:
     """Option -> (value, why) of what the program chooses where the library leaves a default, as upstream's does."""
-    always: dict[str, tuple[Any, str]] = {name: (value, "default") for name, value in PROGRAM_DEFAULTS.items()}
-    always["offload_model"] = (world_size == 1, "one process" if world_size == 1 else "several processes")
+    always: dict[str, tuple[Any, str]] = {
+        name: (value, "default: the fastest exact one; the classes keep to PyTorch's own")
+        for name, value in PROGRAM_DEFAULTS.items()
+    }
+    always["offload_model"] = (world_size == 1, "default for one process" if world_size == 1 else "default for several")
     return {name: entry for name, entry in always.items() if name in known}
 
 

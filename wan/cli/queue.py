@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import memory, pipelines
 from wan.cli.extension import carried_on, extended
-from wan.cli.generate import names_file, output_path, save, whole
+from wan.cli.generate import names_file, output_path, save, tell_plan, whole
 from wan.cli.planning import Item, Queue, plan_queue, weights_of
 from wan.cli.production import Production
 from wan.cli.report import Terminal, clock_time, end_lines, start_lines
@@ -49,6 +49,7 @@ def run_queue(
     for line in announcement(queue):
         terminal.line(line)
     if args.print_plan:
+        tell_plan(queue.items[0].job, terminal)
         return 0
     queue = worded(queue, terminal)
     runner = Runner(queue, claims, terminal)
@@ -61,7 +62,7 @@ def run_queue(
 def announcement(queue: Queue) -> list[str]:
     """What will be made, by the example of the first job."""
     first = queue.items[0].job
-    lines = start_lines(first.wanted, first.plan, first.hardware)
+    lines = start_lines(first.wanted, first.plan, first.hardware, first.preset)
     made = sum(item.made is not None for item in queue.items)
     again = f", {made} of them made before" if made else ""
     seeds = "" if queue.drawn_seed is None else f"; seeds from {queue.drawn_seed} on (drawn)"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self, TextIO
 
 if TYPE_CHECKING:
+    from wan.cli.presets import Preset
     from wan.cli.request import Wanted
     from wan.engine.accounting import Report
     from wan.engine.hardware import Hardware
@@ -143,7 +144,7 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
+def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware, preset: Preset | None = None) -> list[str]:
     """What was chosen, and why."""
     why = wanted.why
     seconds = wanted.num_frames / wanted.fps
@@ -159,6 +160,7 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware) -> list[str]:
         f"video   {wanted.width}x{wanted.height} ({why['size']}), {'one image' if wanted.num_frames == 1 else frames}",
         f"sample  {wanted.steps} steps of {wanted.solver}, shift {wanted.shift:g}, guidance {scales}, "
         f"seed {wanted.seed} ({why['seed']})",
+        *([] if preset is None else preset.lines()),
         f"run     on {hardware}; {plan.describe()}",
     ]
 

@@ -6,7 +6,7 @@ How videos are made with them is in `running`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -19,13 +19,13 @@ from wan.engine.errors import IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.monitor import Silent
 from wan.engine.placement import Placement, Policy
-from wan.engine.plan import Plan
+from wan.engine.plan import Optimization, Plan
 from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, SegmentWrapper, TrunkWrapper
 from wan.engine.sampling.guidance import Post
 from wan.engine.types import Coefficients, Component, Embeddings, Progress, Request, Step, Tiling
 from wan.engine.weights.stream import load_into
 
-__all__ = ["Engine", "Job", "build_engine", "main_dtype"]
+__all__ = ["Engine", "Job", "build_engine", "main_dtype", "on_meta"]
 
 
 class Engine:
@@ -183,10 +183,7 @@ class Engine:
         self.progress.stage(f"load {name}")
         active = list(self.plan.enabled())
         with torch.inference_mode(False), torch.no_grad():
-            module = component.build()
-            _declare_dtypes(module, component)
-            for optimization in active:
-                optimization.convert(module, name)
+            module = on_meta(component, active)
             dtypes = {key: value.dtype for key, value in module.state_dict().items()}
             weights = component.weights(module)
             for optimization in active:
@@ -215,6 +212,15 @@ def build_engine(
         for component in components:
             optimization.check_component(component)
     return Engine(components, plan, hardware, placement or Placement(hardware.device), model)
+
+
+def on_meta(component: Component, active: Iterable[Optimization]) -> nn.Module:
+    """The component's module on the meta device, in the form and the dtypes its weights are stored in."""
+    module = component.build()
+    _declare_dtypes(module, component)
+    for optimization in active:
+        optimization.convert(module, component.name)
+    return module
 
 
 def _declare_dtypes(module: nn.Module, component: Component) -> None:

@@ -106,7 +106,7 @@ class Plan:
 
     optimizations: tuple[Optimization, ...] = ()
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
-    """Option name -> why it has its value ("flag", "preset h100: ...", ...), for the log."""
+    """Option name -> where its value comes from and, after a colon, why ("flag", "preset h100: ...")."""
 
     @classmethod
     def of(
@@ -169,13 +169,13 @@ class Plan:
                     )
 
     def describe(self) -> str:
-        """One line for the log: what is on, and why where that is known."""
+        """One line for the log: what is on, and where that comes from where it is known."""
         parts = []
         for optimization in self.enabled():
             for o in options_of(type(optimization)):
                 value = getattr(optimization, o.name)
                 if value != o.default or o.name in self.reasons:
-                    reason = f" ({self.reasons[o.name]})" if o.name in self.reasons else ""
+                    reason = f" ({self.reasons[o.name].partition(': ')[0]})" if o.name in self.reasons else ""
                     parts.append(f"{o.name}={value}{reason}")
         return ", ".join(parts) or "plain"
 

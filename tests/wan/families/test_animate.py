@@ -397,6 +397,10 @@ def test_what_cannot_be_done_is_refused_before_weights(
     assert not Path("out.mp4").exists()
 
 
+def test_the_optimised_program_makes_it_too(command: list[str], programs_agree: Callable[[list[str]], None]) -> None:
+    programs_agree(command)
+
+
 def test_a_folder_without_its_parts_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     (Path("sources") / "src_face.mp4").unlink()
     assert main(command) == 2

@@ -272,6 +272,15 @@ def test_program_makes_a_video_of_the_right_size(
     assert (found.width, found.height, found.frames) == (*size, frames)
 
 
+@pytest.mark.parametrize("task", ["i2v-A14B", "flf2v-14B"])
+def test_optimised_program_makes_it_too(
+    task: str, run: Callable[..., int], checkpoints: dict[str, Path], programs_agree: Callable[[list[str]], None]
+) -> None:
+    small = ["--size", "32x16", "--any_size", "--frame_num", "5", "--sample_steps", "2", "--seed", "1"]
+    pictures = ["--first_frame", "wide.png", "--last_frame", "tall.png"]
+    programs_agree(["--task", task, "--ckpt_dir", str(checkpoints[task]), "--device", "cpu", *small, *pictures])
+
+
 def test_one_frame_is_an_image(run: Callable[..., int]) -> None:
     assert run("i2v-14B", "--image", "wide.png", "--frame_num", "1", "--save_file", "out.png") == 0
     with Image.open("out.png") as made:

@@ -91,6 +91,13 @@ def test_ti2v_makes_video_from_a_text(ti2v: list[str]) -> None:
     assert made() == ("64x32", 5, 24)
 
 
+def test_optimised_program_makes_them_too(
+    ti2v: list[str], vace: list[str], programs_agree: Callable[[list[str]], None]
+) -> None:
+    programs_agree([*ti2v, "--size", "64*32", "--frame_num", "5", "--image", "ref.png"])
+    programs_agree([*vace, "--src_ref_images", "ref.png"])
+
+
 def test_ti2v_makes_video_from_a_picture_in_its_shape(ti2v: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*ti2v, "--size", "96*64", "--frame_num", "5", "--image", "ref.png"]) == 0
     assert made() == ("64x96", 5, 24)
