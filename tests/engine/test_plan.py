@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -173,7 +173,9 @@ def toggled(o: Any) -> tuple[list[str], Any]:
         if o.default:
             return [o.off[0]], False
         return ([o.flags[0], "True"] if o.takes_bool else [o.flags[0]]), True
-    return [o.flags[0], "3"], {int: 3, float: 3.0}.get(o.type, "3")
+    kinds = get_args(o.type) or (o.type,)
+    kind = next(kind for kind in (int, float, str) if kind in kinds)
+    return [o.flags[0], "3"], kind("3")
 
 
 @pytest.mark.parametrize("o", options(registry()), ids=lambda o: o.name)
