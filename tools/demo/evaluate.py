@@ -93,9 +93,9 @@ def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """The results as a Markdown table."""
     lines = [f"| | {' | '.join(ROWS)} |", "|---|" + "---|" * len(ROWS)]
-    for name, cell in result["model"].items():
+    for name in result["model"]:
         cells = [cell(result[row][name]) for row in ROWS]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" if cell else "")
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
