@@ -92,7 +92,7 @@ def test_training_dit_equals_the_shipped_dit() -> None:
 class OneEncoder:
     """A VAE in place of the engine's encoders."""
 
-    config, device = WAN_CONFIGS["i2v-demo"], torch.device("cpu")
+    config, device, tiling = WAN_CONFIGS["i2v-demo"], torch.device("cpu"), None
 
     def __init__(self, vae: WanVAEModel) -> None:
         self._vae = vae
