@@ -57,7 +57,7 @@ class Checkpoint:
 
     def check(self) -> None:
         """Raise BadCheckpoint naming file and key if anything does not fit. Reads headers, no weight."""
-        networks = {part: self.network(part) for part in self.places.paths if part != "tokenizer"}
+        networks = self._networks
         for part in self.places.experts:
             self._check_kind(networks[part])
         modules = {part: network.checked() for part, network in networks.items()}
@@ -85,6 +85,13 @@ class Checkpoint:
 
     def network(self, part: str) -> Network:
         """A part by name: "dit", "high", "low", "text_encoder", "vae", "clip"."""
+        return self._networks[part]
+
+    @cached_property
+    def _networks(self) -> dict[str, Network]:
+        return {part: self._network(part) for part in self.places.paths if part != "tokenizer"}
+
+    def _network(self, part: str) -> Network:
         path, fields = self.places.weights(part), self.places.fields(part)
         if part == "text_encoder":
             return Network(part, TEXT_ENCODER, path, build_text_encoder)
@@ -170,7 +177,7 @@ class Network:
 
     def component(self, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False) -> Component:
         return Component(
-            name=self.part, build=lambda: self.module(), weights=lambda module: self.open().stream(), dtype=dtype,
+            name=self.part, build=self._own, weights=lambda module: self.open().stream(), dtype=dtype,
             is_expert=self.kind == DIT, float32=float32,
         )  # fmt: skip
 
@@ -193,7 +200,13 @@ class Network:
         """The module, once the file's keys and shapes are known to be its own."""
         module = self.module()
         check_fit(module, self.open())
+        self.__dict__["_kept"] = module
         return module
+
+    def _own(self) -> nn.Module:
+        """A module that nobody else has: for the first who asks, the one that was checked."""
+        kept: nn.Module | None = self.__dict__.pop("_kept", None)
+        return kept or self.module()
 
     @property
     def has_spiece(self) -> bool:

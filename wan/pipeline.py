@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from wan.components import Checkpoint, dummy_components
 from wan.conditioning.geometry import check_video
 from wan.engine.accounting import Report
-from wan.engine.decoding import free_memory
 from wan.engine.engine import Engine, Job, build_engine
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import probe
@@ -112,7 +111,6 @@ class WanPipeline:
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":
             _check_weights(checkpoint, plan)
-        free_memory()  # a pipeline that was let go is a cycle: its networks leave before others come
         self.engine: Engine = build_engine(components, plan, hardware, model=config["__name__"])
         self.engine.progress = self.progress
         self.engine.embeddings = embeddings

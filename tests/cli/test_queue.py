@@ -293,10 +293,10 @@ def test_error_nobody_foresaw_is_told_in_full_and_stops_no_other(
 ) -> None:
     step = JobTerminal.step
 
-    def broken(self: JobTerminal, at: Step, seconds: float) -> None:
+    def broken(self: JobTerminal, at: Step, *told: float) -> None:
         if at.count == 5:
             raise KeyError("a bug")
-        step(self, at, seconds)
+        step(self, at, *told)
 
     monkeypatch.setattr(JobTerminal, "step", broken)
     assert main([*queue(*THREE), "--expert_batch", "3"]) == 4
@@ -314,8 +314,8 @@ def test_interrupted_queue_goes_on_where_it_was(
 ) -> None:
     step = JobTerminal.step
 
-    def ctrl_c(self: JobTerminal, at: Step, seconds: float) -> None:
-        step(self, at, seconds)
+    def ctrl_c(self: JobTerminal, at: Step, *told: float) -> None:
+        step(self, at, *told)
         if at.count == 5 and at.index == 2:
             raise KeyboardInterrupt
 
@@ -337,8 +337,8 @@ def test_killed_queue_goes_on_where_it_was(
     """Of a process that had no time to say anything: its results end in the middle of a line."""
     step = JobTerminal.step
 
-    def kill(self: JobTerminal, at: Step, seconds: float) -> None:
-        step(self, at, seconds)
+    def kill(self: JobTerminal, at: Step, *told: float) -> None:
+        step(self, at, *told)
         if at.count == 5 and at.index == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,3 +213,20 @@ def test_task_with_longer_text_than_the_checkpoint_is_refused_early(tiny_checkpo
     tiny_config.update(text_len=1024)
     with pytest.raises(BadCheckpoint, match="has text_len"):
         wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"cache": "easy", "use_batched_cfg": True}, {"block_swap": 1}], ids=str)
+def test_a_pipeline_that_is_let_go_frees_its_networks_at_once(
+    tiny_checkpoint: Path, tiny_config: Any, options: dict[str, Any]
+) -> None:
+    """Without waiting for the garbage collector, so that another model can come in its place."""
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **options)
+    pipe.generate("a red bird", (32, 32), 1, sampling_steps=2, seed=1, offload_model=None)
+    kept = [weakref.ref(network) for network in pipe.engine.placement.loaded().values()]
+    gc.collect()  # of what was there before
+    gc.disable()
+    try:
+        del pipe
+        assert len(kept) == 4 and all(network() is None for network in kept)
+    finally:
+        gc.enable()

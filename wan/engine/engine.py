@@ -5,10 +5,10 @@ How videos are made with them is in `running`.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +49,9 @@ class Engine:
         self._names = tuple(c.name for c in components)
         self._hooks = Hooks()
         for component in components:
-            placement.add(component.name, partial(self._load, component), Policy.RESIDENT)
-        self._begin(plan)
+            placement.add(component.name, _loader(self, component), Policy.RESIDENT)
+        self._begin(plan)  # refuses what cannot be and says where networks live; hooks are for runs
+        self._hooks = Hooks()
 
     # What optimisations may do -------------------------------------------------------------------------------------
 
@@ -148,10 +149,11 @@ class Engine:
         returned in its place. Sinks are not closed.
         """
         self._begin(self._plan_for_call(overrides or {}))
+        hooks, self._hooks = self._hooks, Hooks()  # not kept: what is registered may hold the engine
         with torch.inference_mode(), ExitStack() as settings:
-            for setting in self._hooks.settings:
+            for setting in hooks.settings:
                 settings.enter_context(setting())
-            return GroupRun(self, self._hooks, jobs).run()
+            return GroupRun(self, hooks, jobs).run()
 
     # Inside --------------------------------------------------------------------------------------------------------
 
@@ -196,6 +198,18 @@ class Engine:
             for optimization in active:
                 optimization.finish(module, name, self)
         return module
+
+
+def _loader(engine: Engine, component: Component) -> Callable[[torch.device], nn.Module]:
+    """Loads `component` for `engine` without holding it, so that an engine nobody needs any more goes at once."""
+    owner = weakref.ref(engine)
+
+    def load(landing: torch.device) -> nn.Module:
+        alive = owner()
+        assert alive is not None, "a network is loaded through its engine"
+        return alive._load(component, landing)
+
+    return load
 
 
 def build_engine(
