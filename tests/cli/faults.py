@@ -141,8 +141,8 @@ def _uncounted(which: str, act: Act) -> None:
 
     counting = Forwards.counting
 
-    def passing(self: Forwards, trunk: Trunk) -> Trunk:
-        counted = counting(self, trunk)
+    def passing(self: Forwards, trunk: Trunk, **named: Any) -> Trunk:
+        counted = counting(self, trunk, **named)
 
         def chosen(tokens: Tensor, inputs: Any, condition: Any, step: Step) -> Tensor:
             return (trunk if step.index + 1 == int(which) else counted)(tokens, inputs, condition, step)

@@ -20,7 +20,7 @@ from wan.conditioning.speech import PoseVideo, reference_pixels, speech_size
 from wan.conditioning.video import open_video
 from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadCheckpoint, BadRequest, MissingPackage
-from wan.engine.types import Encoders, Request, Shot
+from wan.engine.types import Encoders, Request, Shot, Tiling
 from wan.families.s2v import SpeechInputs, clip_prefix, length, next_clip, speech_branches
 from wan.runs import Run
 from wan.video import Output, VideoSink
@@ -148,7 +148,7 @@ class Vae(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
-    def encode(self, video: Tensor) -> Tensor:
+    def encode(self, video: Tensor, tiling: Tiling | None = None) -> Tensor:
         groups = [video[:, :, :1], *(video[:, :, at : at + 4] for at in range(1, video.shape[2], 4))]
         means = torch.stack([group.mean((1, 2)) for group in groups], 1)
         return nn.functional.avg_pool2d(means, 8)[:, None].expand(-1, 16, -1, -1, -1)

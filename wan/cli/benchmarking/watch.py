@@ -78,19 +78,27 @@ class Watch:
             for name, module in dit.named_modules():
                 kind = name.rpartition(".")[2]
                 if kind in PARTS:
-                    begun: list[Mark] = []
-                    enter = module.register_forward_pre_hook(lambda m, a, begun=begun: begun.append(now()))
-                    leave = module.register_forward_hook(
-                        lambda m, a, out, begun=begun, kind=kind: marks.append((kind, begun.pop(), now()))
-                    )
-                    hooks.callback(enter.remove)
-                    hooks.callback(leave.remove)
+                    # Blocks call `forward` itself, which hooks do not see.
+                    module.forward = _timed(module.forward, kind, now, marks)  # type: ignore[method-assign]
+                    hooks.callback(delattr, module, "forward")
             begin = now()
             yield
             end = now()
         took = {part: sum(start.until(stop) for kind, start, stop in marks if kind == part) for part in PARTS}
         took["norms, gates and residuals"] = begin.until(end) - sum(took.values())
         self.parts = {name: seconds / branches for name, seconds in took.items()}
+
+
+def _timed(
+    forward: Callable[..., Any], kind: str, now: Callable[[], Mark], marks: list[tuple[str, Mark, Mark]]
+) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
+        begun = now()
+        out = forward(*arguments, **named)
+        marks.append((kind, begun, now()))
+        return out
+
+    return run
 
 
 @contextmanager
