@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,30 @@ from wan.cli.checkpoint import check_folder, detect_task  # noqa: E402
 from wan.components import Checkpoint, Network  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 from wan.engine.errors import BadRequest, OutputError, WanError  # noqa: E402
+from wan.engine.weights.animate_names import animate_names  # noqa: E402
 from wan.engine.weights.keymap import (  # noqa: E402
+    CLIP_CUT,
     DIFFUSERS_DIT,
+    TRANSFORMERS_CLIP,
     TRANSFORMERS_T5,
     KeyMap,
+    Recut,
     diffusers_vae,
     diffusers_vae22,
 )
+from wan.engine.weights.recut import CutFile  # noqa: E402
+from wan.engine.weights.stream import WeightFile  # noqa: E402
 from wan.engine.weights.write import Table, table_bytes, write_pth, write_safetensors  # noqa: E402
 from wan.layouts import CheckpointFiles, original  # noqa: E402
-from wan.layouts.library import text_encoder_config, transformer_config, vae_config  # noqa: E402
+from wan.layouts.library import (  # noqa: E402
+    animate_config,
+    image_encoder_config,
+    image_processor_config,
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+)
+from wan.modules.animate.model_animate import WanAnimateModel  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIT_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
@@ -54,6 +69,21 @@ PUBLISHED = (
 )
 """What config.json of the original checkpoints holds."""
 
+CLIP_HEAD = "visual.head"
+"""Of CLIP's image tower. `CLIPVisionModel` has no place for it, and no video model uses it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """How another library names and cuts a network, and which weights it has no place for."""
+
+    names: KeyMap
+    recut: Recut | None = None
+    without: tuple[str, ...] = ()
+
+    def of(self, weights: WeightFile) -> WeightFile:
+        return CutFile(weights, self.names, self.recut, self.without)
+
 
 class Output:
     """A folder being written: where parts go and in which precision."""
@@ -61,30 +91,28 @@ class Output:
     def __init__(self, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
         self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
 
-    def table(self, network: Network, names: KeyMap | None) -> Table:
+    def table(self, network: Network, weights: WeightFile) -> Table:
         """What to write of a network. The VAE keeps its precision: in half precision its videos are blurred."""
-        weights = network.open()
-        shapes, dtypes = weights.shapes(), weights.dtypes()
-        return {
-            names.to_theirs(key) if names else key: (self._dtype(network, dtypes[key]), shape)
-            for key, shape in shapes.items()
-        }
+        dtypes = weights.dtypes()
+        return {key: (self._dtype(network, dtypes[key]), shape) for key, shape in weights.shapes().items()}
 
-    def tensors(self, network: Network, names: KeyMap | None) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in network.open().stream():
-            yield names.to_theirs(key) if names else key, tensor.to(self._dtype(network, tensor.dtype))
+    def tensors(self, network: Network, weights: WeightFile) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in weights.stream():
+            yield key, tensor.to(self._dtype(network, tensor.dtype))
 
     def safetensors(
-        self, network: Network, where: str, stem: str, names: KeyMap | None, config: dict[str, Any]
+        self, network: Network, where: str, stem: str, naming: Naming | None, config: dict[str, Any]
     ) -> None:
+        weights = network.open() if naming is None else naming.of(network.open())
         folder = self.folder / where
         self.json(f"{where}/config.json", config)
         print(f"{where}/{stem}.safetensors from {network.path}", flush=True)
-        write_safetensors(folder, stem, self.table(network, names), self.tensors(network, names), self.shard_bytes)
+        write_safetensors(folder, stem, self.table(network, weights), self.tensors(network, weights), self.shard_bytes)
 
     def pth(self, network: Network, name: str) -> None:
         print(f"{name} from {network.path}", flush=True)
-        write_pth(self.folder / name, self.table(network, None), self.tensors(network, None))
+        weights = network.open()
+        write_pth(self.folder / name, self.table(network, weights), self.tensors(network, weights))
 
     def json(self, name: str, content: dict[str, Any]) -> None:
         path = self.folder / name
@@ -134,31 +162,54 @@ def write_diffusers(checkpoint: Checkpoint, out: Output) -> None:
     folders = dict(zip(checkpoint.places.experts, ("transformer", "transformer_2"), strict=False))
     for part, folder in folders.items():
         network = checkpoint.network(part)
-        sizes: Any = network.module()
-        fields = {"_class_name": _classes(checkpoint)[1]} | transformer_config(sizes.config)
-        out.safetensors(network, folder, DIT_STEM, DIFFUSERS_DIT, fields)
+        model: Any = network.module()
+        fields = {"_class_name": CLASSES[checkpoint.kind][1]} | transformer_config(model.config)
+        naming = Naming(names=DIFFUSERS_DIT)
+        if isinstance(model, WanAnimateModel):
+            fields |= animate_config(model)
+            names, recut = animate_names(len(model.config.motion_widths) - 1)
+            naming = Naming(names=names, recut=recut)
+        out.safetensors(network, folder, DIT_STEM, naming, fields)
     network = checkpoint.network("text_encoder")
     fields = {"architectures": ["UMT5EncoderModel"], "model_type": "umt5"} | text_encoder_config(network.module())
-    out.safetensors(network, "text_encoder", TEXT_STEM, TRANSFORMERS_T5, fields)
+    out.safetensors(network, "text_encoder", TEXT_STEM, Naming(names=TRANSFORMERS_T5), fields)
     network = checkpoint.network("vae")
     vae: Any = network.module()
     blocks, levels = vae.config.num_res_blocks, len(vae.config.dim_mult)
     names = diffusers_vae22(blocks) if vae.config.grouped else diffusers_vae(levels, blocks)
-    out.safetensors(network, "vae", DIT_STEM, names, {"_class_name": "AutoencoderKLWan"} | vae_config(vae.config))
+    fields = {"_class_name": "AutoencoderKLWan"} | vae_config(vae.config)
+    out.safetensors(network, "vae", DIT_STEM, Naming(names=names), fields)
+    if "clip" in checkpoint.places.paths:
+        _write_clip(checkpoint.network("clip"), out)
     out.tokenizer(checkpoint, "tokenizer")
     _write_index(checkpoint, out, two="transformer_2" in folders.values())
 
 
-def _classes(checkpoint: Checkpoint) -> tuple[str, str]:
-    """diffusers' pipeline and transformer."""
-    if checkpoint.kind == "vace":
-        return "WanVACEPipeline", "WanVACETransformer3DModel"
-    return "WanPipeline", "WanTransformer3DModel"
+def _write_clip(network: Network, out: Output) -> None:
+    tower: Any = network.module()
+    fields = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model"}
+    naming = Naming(names=TRANSFORMERS_CLIP, recut=CLIP_CUT, without=(CLIP_HEAD,))
+    out.safetensors(network, "image_encoder", TEXT_STEM, naming, fields | image_encoder_config(tower.visual))
+    if CLIP_HEAD in network.shapes:
+        print(f"{CLIP_HEAD} of {network.path} is left out: CLIPVisionModel has no place for it, no video model uses it")
+    fields = {"image_processor_type": "CLIPImageProcessor"} | image_processor_config(tower.visual)
+    out.json("image_processor/preprocessor_config.json", fields)
+
+
+CLASSES = {
+    "t2v": ("WanPipeline", "WanTransformer3DModel"),
+    "ti2v": ("WanPipeline", "WanTransformer3DModel"),
+    "i2v": ("WanImageToVideoPipeline", "WanTransformer3DModel"),
+    "flf2v": ("WanImageToVideoPipeline", "WanTransformer3DModel"),
+    "vace": ("WanVACEPipeline", "WanVACETransformer3DModel"),
+    "animate": ("WanAnimatePipeline", "WanAnimateTransformer3DModel"),
+}
+"""Kind of task -> diffusers' pipeline and transformer."""
 
 
 def _write_index(checkpoint: Checkpoint, out: Output, *, two: bool) -> None:
     """model_index.json and the scheduler, which in diffusers holds the sampling shift."""
-    config, (pipeline, transformer) = checkpoint.config, _classes(checkpoint)
+    config, (pipeline, transformer) = checkpoint.config, CLASSES[checkpoint.kind]
     out.json(
         "scheduler/scheduler_config.json",
         {
@@ -174,19 +225,30 @@ def _write_index(checkpoint: Checkpoint, out: Output, *, two: bool) -> None:
     told = out.folder / "tokenizer" / "tokenizer_config.json"
     fields = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
     kind = fields.get("tokenizer_class", "T5Tokenizer")
+    parts = {}
+    if pipeline != "WanAnimatePipeline":
+        parts = {
+            "boundary_ratio": config.get("boundary"),
+            "expand_timesteps": checkpoint.kind == "ti2v",
+            "transformer_2": ["diffusers", transformer] if two else [None, None],
+        }
+    if checkpoint.kind in ("i2v", "flf2v", "animate"):
+        sees = "clip" in checkpoint.places.paths
+        parts |= {
+            "image_encoder": ["transformers", "CLIPVisionModel"] if sees else [None, None],
+            "image_processor": ["transformers", "CLIPImageProcessor"] if sees else [None, None],
+        }
     out.json(
         "model_index.json",
         {
             "_class_name": pipeline,
-            "boundary_ratio": config.get("boundary"),
-            "expand_timesteps": checkpoint.kind == "ti2v",
             "scheduler": ["diffusers", "UniPCMultistepScheduler"],
             "text_encoder": ["transformers", "UMT5EncoderModel"],
             "tokenizer": ["transformers", kind if kind.endswith("Fast") else f"{kind}Fast"],
             "transformer": ["diffusers", transformer],
-            "transformer_2": ["diffusers", transformer] if two else [None, None],
             "vae": ["diffusers", "AutoencoderKLWan"],
-        },
+        }
+        | parts,
     )
 
 
@@ -229,14 +291,15 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint:
         raise BadRequest(f"{said}; pass --ckpt_dir or --dit, and --task with one of {', '.join(WAN_CONFIGS)}")
     check_folder(folder, task, WAN_CONFIGS, files)
     checkpoint = Checkpoint(folder, WAN_CONFIGS[task], files, task.partition("-")[0].replace("t2i", "t2v"))
-    if args.to == "diffusers" and "clip" in checkpoint.places.paths:
-        raise BadRequest(f"--to diffusers: {task} has a CLIP image encoder, which only --to upstream writes so far")
+    if args.to == "diffusers" and checkpoint.kind not in CLASSES:
+        raise BadRequest(f"--to diffusers: diffusers has no class for the transformer of {task}; use --to upstream")
     return checkpoint
 
 
 def _check_space(checkpoint: Checkpoint, out: Output) -> None:
     parts = [part for part in checkpoint.places.paths if part != "tokenizer"]
-    needed = sum(table_bytes(out.table(checkpoint.network(part), None)) for part in parts)
+    networks = [checkpoint.network(part) for part in parts]
+    needed = sum(table_bytes(out.table(network, network.open())) for network in networks)
     free = shutil.disk_usage(out.folder).free
     if needed > free:
         raise BadRequest(f"--out needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; free some space")
@@ -252,9 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument(f"--{name}", help="as in generate.py: this file in place of the folder's")
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
     parser.add_argument("--out", required=True, help="the folder to make; it must not exist")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="precision of transformers and text encoder (default: as stored)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of all but the VAE (default: as stored)")
     parser.add_argument("--shard_gb", type=float, default=10.0, help="largest safetensors file (default: 10)")
     try:
         convert(parser.parse_args(argv))

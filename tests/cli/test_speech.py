@@ -17,9 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 import wan
+from wan.cli.args import parse
 from wan.cli.generate import main
+from wan.cli.request import resolve
 from wan.conditioning.audio import open_sound
 from wan.configs import WAN_CONFIGS
+from wan.engine.optimizations import registry
+from wan.engine.plan import options
 from wan.video import verify_video
 
 
@@ -71,15 +75,29 @@ def changed(arguments: list[str], *added: str) -> list[str]:
 def test_the_video_is_heard_and_ends_with_the_sound(talk: list[str], capsys: Any) -> None:
     assert main([*talk, "--save_file", "out.mp4"]) == 0
     out, err = capsys.readouterr()
-    # 1.05 s at 16 frames a second are 17, of which the first three are not shown.
-    assert out == "out.mp4\n" and verify_video("out.mp4")[:3] == (14, 64, 64)
+    # 1.05 s at 16 frames a second: all of the sound is heard.
+    assert out == "out.mp4\n" and verify_video("out.mp4")[:3] == (17, 64, 64)
     assert "in 3 of 3 clips of 8 frames" in err
     sound = open_sound("out.mp4")
-    assert sound.seconds == pytest.approx(14 / 16, abs=0.08)
+    assert sound.seconds == pytest.approx(17 / 16, abs=0.08)
     assert sound.samples[2000:10000].pow(2).mean().sqrt() == pytest.approx(0.5 / 2**0.5, rel=0.1)
     made = json.loads(Path("out.mp4.json").read_text())
     assert made["flags"]["audio"] == str(Path("speech.wav").absolute()) and made["flags"]["infer_frames"] == 8
     assert set(made["inputs"]) == {"image", "audio"} and not Path("out.mp4.run").exists()
+
+
+def test_sound_begins_at_0_as_upstreams_or_on_demand_with_the_lips(talk: list[str]) -> None:
+    """1.05 s are 17 frames; the first one shown was made for 3/16 s. Either way the sound is as long as the picture."""
+    for added, start, frames in (
+        ([], 0.0, 17),
+        (["--audio_start", "upstream"], 0.0, 17),
+        (["--audio_start", "sync"], 3 / 16, 14),
+        (["--audio_start", "sync", "--start_from_ref"], 0.0, 17),
+    ):
+        given = resolve(parse([*talk, *added], options(registry()))).inputs
+        assert given is not None and given.sound is not None and given.num_frames == frames
+        assert (given.sound.start, given.sound.seconds) == (start, frames / 16)
+        assert given.flags.get("audio_start") == ("sync" if "sync" in added else None)
 
 
 def test_the_task_is_read_from_the_checkpoint_and_repeated_from_the_record(talk: list[str], capsys: Any) -> None:

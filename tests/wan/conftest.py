@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +26,17 @@ T5_FILE, VAE_FILE = "models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"
 
 Networks = dict[str, nn.Module]
 State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="session")
+def tool(root: Path) -> ModuleType:
+    """tools/convert.py."""
+    spec = importlib.util.spec_from_file_location("convert", root / "tools" / "convert.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["convert"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -23,18 +23,6 @@ State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def tool(root: Path) -> ModuleType:
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("convert", root / "tools" / "convert.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["convert"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def demo(root: Path) -> Path:
     if not (root / "demo" / "high_noise_model" / "config.json").is_file():
         pytest.skip("the demo model is not there")

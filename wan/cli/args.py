@@ -116,6 +116,8 @@ FLAGS = (
     Flag("num_clip", int, None, "how many clips to make at most; else as many as --audio lasts (s2v-14B)", INPUT),
     Flag("infer_frames", int, 80, "frames of a clip, a multiple of 4 (s2v-14B)", INPUT),
     Flag("pose_video", str, None, "poses to take (s2v-14B)", INPUT, is_file=True),
+    Flag("audio_start", str, "upstream", "begin the sound at 0 s as upstream, or with the lips (s2v-14B)", INPUT,
+         ("upstream", "sync")),
     Flag("start_from_ref", None, False, "begin with --image itself (s2v-14B)", INPUT),
     Flag("enable_tts", None, False, "make the speech of --tts_text, by CosyVoice 2 (s2v-14B)", INPUT),
     Flag("tts_prompt_audio", str, None, "sample of the voice, 5 to 15 s", INPUT, is_file=True),

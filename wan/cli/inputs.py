@@ -57,6 +57,7 @@ class Inputs:
 
 Reader = Callable[[argparse.Namespace, Asked], Inputs]
 
+_SPEECH = ("image", "audio", "num_clip", "infer_frames", "pose_video", "start_from_ref", "audio_start", "enable_tts")
 _VOICE = ("tts_prompt_audio", "tts_prompt_text", "tts_text")
 
 # Class in `wan` -> (the input flags it takes, module and name of its reader).
@@ -65,10 +66,7 @@ _READERS: dict[str, tuple[tuple[str, ...], str]] = {
         ("src_root_path", "refert_num", "replace_flag", "use_relighting_lora"),
         "wan.cli.character_inputs:character",
     ),
-    "WanS2V": (
-        ("image", "audio", "num_clip", "infer_frames", "pose_video", "start_from_ref", "enable_tts", *_VOICE),
-        "wan.cli.speech_inputs:speech",
-    ),
+    "WanS2V": ((*_SPEECH, *_VOICE), "wan.cli.speech_inputs:speech"),
     "WanI2V": (("image", "first_frame", "last_frame", "fit"), "wan.cli.image_inputs:image_to_video"),
     "WanFLF2V": (("first_frame", "last_frame", "fit"), "wan.cli.image_inputs:first_and_last"),
     "WanTI2V": (("image",), "wan.cli.source_inputs:text_or_image"),

@@ -41,7 +41,8 @@ def speech(args: argparse.Namespace, asked: Asked) -> Inputs:
     lasts = clips_of(entries_of(len(sound.samples)), clip_frames, fps)
     clips = lasts if args.num_clip is None else min(args.num_clip, lasts)
     skipped = lead(asked.config, from_ref)
-    heard = max(1, frames_of(sound.seconds, fps) - skipped)
+    start = skipped if args.audio_start == "sync" else 0
+    heard = max(1, frames_of(sound.seconds, fps) - start)
     num_frames = min(length(asked.config, clips, clip_frames, from_ref), heard)
     of_clips = f"in {clips} of {lasts} clips of {clip_frames} frames"
 
@@ -60,7 +61,7 @@ def speech(args: argparse.Namespace, asked: Asked) -> Inputs:
         prepare=prepare,
         size=size,
         num_frames=num_frames,
-        sound=Soundtrack(path=sound.path, seconds=num_frames / fps, start=skipped / fps),
+        sound=Soundtrack(path=sound.path, seconds=num_frames / fps, start=start / fps),
         why={
             "size": f"the {image.width}x{image.height} picture's shape, of {asked.width}x{asked.height} pixels at most",
             "frames": f"--audio lasts {sound.seconds:.2f} s; {of_clips}",
@@ -70,6 +71,7 @@ def speech(args: argparse.Namespace, asked: Asked) -> Inputs:
             **paths,
             **({"num_clip": args.num_clip} if args.num_clip is not None else {}),
             **({"start_from_ref": True} if from_ref else {}),
+            **({"audio_start": "sync"} if args.audio_start == "sync" else {}),
         },
         files=files,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from wan.modules.clip import MEAN, STD
 from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
 
 
@@ -69,4 +70,53 @@ def text_encoder_config(encoder: Any) -> dict[str, Any]:
         "relative_attention_num_buckets": buckets,
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": True,
+    }
+
+
+def animate_config(model: Any) -> dict[str, Any]:
+    """Arguments that `WanAnimateTransformer3DModel` has besides those of every transformer."""
+    sizes, side = model.config, model.face_size
+    return {
+        "latent_channels": sizes.out_dim,
+        "motion_encoder_channel_sizes": {str(side >> index): width for index, width in enumerate(sizes.motion_widths)},
+        "motion_encoder_size": side,
+        "motion_style_dim": sizes.motion_widths[-1],
+        "motion_dim": sizes.motion_dim,
+        "motion_encoder_dim": sizes.motion_encoder_dim,
+        "face_encoder_hidden_dim": sizes.face_dim,
+        "face_encoder_num_heads": sizes.face_heads,
+        "inject_face_latents_blocks": sizes.face_every,
+    }
+
+
+def image_encoder_config(tower: Any) -> dict[str, Any]:
+    """Arguments of `CLIPVisionConfig` for our image tower."""
+    block = tower.transformer[0]
+    return {
+        "hidden_size": tower.dim,
+        "intermediate_size": block.mlp[0].out_features,
+        "num_hidden_layers": len(tower.transformer),
+        "num_attention_heads": block.attn.num_heads,
+        "image_size": tower.image_size,
+        "patch_size": tower.patch_size,
+        "hidden_act": "gelu",
+        "layer_norm_eps": tower.pre_norm.eps,
+    }
+
+
+def image_processor_config(tower: Any) -> dict[str, Any]:
+    """Arguments of `CLIPImageProcessor`: the whole picture in the tower's square, as the models were trained."""
+    square = {"height": tower.image_size, "width": tower.image_size}
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": square,
+        "resample": 3,  # bicubic
+        "do_center_crop": False,
+        "crop_size": square,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
     }

@@ -203,18 +203,13 @@ def test_the_preview_checkpoint_that_calls_itself_t2v_is_read(
 
 
 def test_a_converted_checkpoint_makes_the_same_video_and_converts_back(
-    vace_checkpoint: Path, small_config: Callable[[str], Any], tmp_path: Path, film: Film, root: Path,
+    vace_checkpoint: Path, small_config: Callable[[str], Any], tmp_path: Path, film: Film, tool: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    import importlib.util
     import json
 
     from safetensors.torch import load_file
 
-    spec = importlib.util.spec_from_file_location("convert_vace", root / "tools" / "convert.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     config = small_config("vace-1.3B")
     monkeypatch.setitem(WAN_CONFIGS, "vace-1.3B", config)
     there, back = tmp_path / "diffusers", tmp_path / "upstream"

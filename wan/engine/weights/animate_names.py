@@ -34,7 +34,12 @@ _BLUR = torch.tensor([1.0, 3.0, 3.0, 1.0])
 def diffusers_animate(prefix: str, keys: Iterable[str]) -> Dialect:
     """`WanAnimateTransformer3DModel`; how many blocks its motion encoder has is seen from the keys."""
     pattern = re.compile(re.escape(prefix) + r"motion_encoder\.res_blocks\.(\d+)\.")
-    blocks = 1 + max((int(match[1]) for key in keys if (match := pattern.match(key))), default=-1)
+    names, recut = animate_names(1 + max((int(match[1]) for key in keys if (match := pattern.match(key))), default=-1))
+    return Dialect(prefix, names, recut=recut)
+
+
+def animate_names(blocks: int) -> tuple[KeyMap, Recut]:
+    """Names and cut of the class whose motion encoder has so many blocks."""
     pairs = [*_PAIRS, (f"{_OURS}.{blocks + 1}", f"{_THEIRS}.conv_out")]
     biases, kernels = [f"{_OURS}.0.1.bias"], []
     for block in range(blocks):
@@ -48,4 +53,4 @@ def diffusers_animate(prefix: str, keys: Iterable[str]) -> Dialect:
         "linear1_kv", ("linear1_k", "linear1_v"), dict.fromkeys(biases, 1), dict.fromkeys(biases, 2),
         dict.fromkeys(kernels, kernel),
     )  # fmt: skip
-    return Dialect(prefix, KeyMap((*DIFFUSERS_DIT.pairs, *pairs)), recut=recut)
+    return KeyMap((*DIFFUSERS_DIT.pairs, *pairs)), recut

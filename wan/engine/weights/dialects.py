@@ -15,12 +15,12 @@ from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.adapter import base_of, open_adapted
 from wan.engine.weights.animate_names import diffusers_animate
 from wan.engine.weights.keymap import (
+    CLIP_CUT,
     DIFFUSERS_DIT,
     TRANSFORMERS_CLIP,
     TRANSFORMERS_T5,
     Dialect,
     KeyMap,
-    Recut,
     diffusers_vae,
     diffusers_vae22,
 )
@@ -60,8 +60,7 @@ def _original_clip(prefix: str, keys: list[str]) -> Dialect:
 
 def _transformers_clip(prefix: str, keys: list[str]) -> Dialect:
     spare = [key for key in keys if not key.startswith(f"{prefix}vision_model.") or key.endswith(".position_ids")]
-    recut = Recut("to_qkv", ("q", "k", "v"), {"visual.cls_embedding": 2, "visual.pos_embedding": 1})
-    return Dialect(prefix, TRANSFORMERS_CLIP, left_out=spare, recut=recut)
+    return Dialect(prefix, TRANSFORMERS_CLIP, left_out=spare, recut=CLIP_CUT)
 
 
 def _diffusers_vae(prefix: str, keys: list[str]) -> Dialect:

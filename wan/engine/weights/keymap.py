@@ -171,6 +171,9 @@ TRANSFORMERS_CLIP = KeyMap(
 )
 """`CLIPVisionModel`, whose class and position embeddings lack our leading dims of 1, and whose `attn` is in parts."""
 
+CLIP_CUT = Recut("to_qkv", ("q", "k", "v"), {"visual.cls_embedding": 2, "visual.pos_embedding": 1})
+"""What `TRANSFORMERS_CLIP` says of the parts, for both directions."""
+
 _RESIDUAL = (
     ("residual.0", "norm1"),
     ("residual.2", "conv1"),

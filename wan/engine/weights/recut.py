@@ -1,13 +1,17 @@
-"""Weights that other files cut otherwise: several layers where we have one, without dims of 1 or some constants."""
+"""Weights that other files cut otherwise: several layers where we have one, without dims of 1 or some constants.
+
+`RecutFile` reads such a file in our cut, `CutFile` gives our weights in the other one, from the same `Recut`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-from wan.engine.weights.keymap import Recut
+from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.keymap import KeyMap, Recut
 from wan.engine.weights.stream import WeightFile
 
 
@@ -56,3 +60,57 @@ class RecutFile(WeightFile):
 
     def _view(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (1,) * self._recut.leading.get(key, 0) + shape + (1,) * self._recut.trailing.get(key, 0)
+
+
+class CutFile(WeightFile):
+    """The tensors of `whole`, which has our names, under their `names` and in their cut; `without` are left out.
+
+    Raises BadCheckpoint for a weight that the other side has no name for, or takes for a constant that it is not.
+    """
+
+    def __init__(self, whole: WeightFile, names: KeyMap, recut: Recut | None, without: Collection[str] = ()) -> None:
+        super().__init__(whole.path, {})
+        self._whole = whole
+        self._recut = recut or Recut("", (), {})
+        self._check_constants()
+        kept = [key for key in whole.shapes() if key not in without and key not in self._recut.constants]
+        self._pieces = {key: tuple(names.to_theirs(piece) for piece in self._names(key)) for key in kept}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        known = self._whole.shapes()
+        shapes = {}
+        for key, pieces in self._pieces.items():
+            shape = self._bare(key, known[key])
+            shapes |= dict.fromkeys(pieces, (shape[0] // len(pieces), *shape[1:]) if len(pieces) > 1 else shape)
+        return shapes
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        known = self._whole.dtypes()
+        return {piece: known[key] for key, pieces in self._pieces.items() for piece in pieces}
+
+    def stream(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Always everything that `keys` touches: a layer of ours is read once for all its pieces."""
+        wanted = None if keys is None else set(keys)
+        touched = [key for key, pieces in self._pieces.items() if wanted is None or not wanted.isdisjoint(pieces)]
+        for key, tensor in self._whole.stream(touched):
+            pieces = self._pieces[key]
+            yield from zip(pieces, tensor.reshape(self._bare(key, tuple(tensor.shape))).chunk(len(pieces)), strict=True)
+
+    def _names(self, key: str) -> tuple[str, ...]:
+        """What a weight is called once its layer is cut, in our way of naming."""
+        layer, _, kind = key.rpartition(".")
+        if not self._recut.name or not layer.endswith(f".{self._recut.name}"):
+            return (key,)
+        return tuple(f"{layer.removesuffix(self._recut.name)}{piece}.{kind}" for piece in self._recut.of)
+
+    def _bare(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape[self._recut.leading.get(key, 0) : len(shape) - self._recut.trailing.get(key, 0)]
+
+    def _check_constants(self) -> None:
+        constants = self._recut.constants
+        for key, value in self._whole.stream(key for key in constants if key in self._whole.shapes()):
+            if not torch.equal(value.float(), constants[key]):
+                raise BadCheckpoint(
+                    f"{str(self.path)!r} has a {key!r} of its own, and diffusers' class always uses the published one: "
+                    "the model would be another there; keep the original layout"
+                )
