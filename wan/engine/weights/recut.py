@@ -78,7 +78,7 @@ class CutFile(WeightFile):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         known = self._whole.shapes()
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for key, pieces in self._pieces.items():
             shape = self._bare(key, known[key])
             shapes |= dict.fromkeys(pieces, (shape[0] // len(pieces), *shape[1:]) if len(pieces) > 1 else shape)
