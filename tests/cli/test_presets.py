@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,18 @@ import torch
 
 from wan.cli import presets
 from wan.cli.args import parse
-from wan.cli.cards import CARDS, nearest
+from wan.cli.cards import CARDS, SHEETS, nearest
 from wan.cli.generate import main
-from wan.engine.errors import BadRequest
+from wan.components import dummy_components
+from wan.conditioning.geometry import parse_size
+from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
+from wan.engine.budget import MARGIN_BYTES, Planner, Wishes
+from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import registry
 from wan.engine.plan import Plan, options
+from wan.engine.prediction import PLAIN, Models, Prediction, Video, predict
+from wan.sizes import models_of
 
 DUMMY = ["--task", "t2v-1.3B", "--load_format", "dummy", "--device", "cpu"]
 CPU = Hardware(device=torch.device("cpu"), name="CPU")
@@ -98,6 +108,65 @@ def test_every_card_has_its_preset_and_every_preset_is_valid_and_exact(root: Pat
 def test_the_preset_taken_and_why_is_told(capsys: Any) -> None:
     assert "preset  cpu, flag auto: there is no CUDA card\n" in told(["--preset", "auto"], capsys)
     assert "\npreset" not in told(["--preset", "none"], capsys, default_preset="auto")
+
+
+# How good it is ------------------------------------------------------------------------------------------------------
+
+CASES_OF_A_CARD = 4
+"""Every card gets every fourth task, every task every fourth card, and its sizes take turns."""
+
+
+@functools.cache
+def models(task: str) -> Models:
+    return models_of(dummy_components(WAN_CONFIGS[task]))
+
+
+def cases(card_index: int) -> Iterator[tuple[str, Video]]:
+    """Tasks, each with a video of one of its sizes."""
+    for index, task in enumerate(WAN_CONFIGS):
+        if (index + card_index) % CASES_OF_A_CARD == 0:
+            sizes, config = SUPPORTED_SIZES[task], WAN_CONFIGS[task]
+            width, height = parse_size(sizes[card_index % len(sizes)])
+            yield task, Video(width=width, height=height, frames=config.frame_num, encodes="t2v" not in task)
+
+
+def rivals(task: str, video: Video, entry: Any) -> Iterator[Prediction]:
+    """Other ways to run: what the planner's options and torch.compile offer, a few values each."""
+    switches = ("offload_model", "vae_cpu", "t5_cpu", "compile", "use_batched_cfg", "vae_tiling")
+    choices: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(switches, (False, True)), "block_swap": (0, 10, 40), "ffn_rows": (0, 8192),
+        "attention_rows": (0, 8192),
+    }  # fmt: skip
+    for values in itertools.product(*choices.values()):
+        yield predict(models(task), video, SHEETS[entry.sheet], dict(zip(choices, values, strict=True)))
+
+
+@pytest.mark.parametrize("index", range(len(CARDS)), ids=lambda index: CARDS[index].preset)
+def test_no_exact_way_to_run_that_fits_is_predicted_clearly_faster_than_preset_and_planner(
+    index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within free memory, nothing lossy but invisible tiles, and within 5 % of the fastest."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: name == "triton" or find(name, *a))
+    entry, sheet = CARDS[index], SHEETS[CARDS[index].sheet]
+    here = card(f"NVIDIA {sheet.name}", entry.sm, sheet.memory / 1e9)
+    free = here.free_memory - MARGIN_BYTES
+    plan, preset = presets.plan_and_preset(parse(["--preset", "auto"], options(registry())), registry(), here, "none")
+    assert preset is not None and (preset.path.stem, preset.left_out) == (entry.preset, ())
+    assert {o.grade for o in plan.enabled()} <= {"bitwise", "rounding"}
+    names = PLAIN.keys() & {o.name for o in options(registry())}
+    wishes = Wishes(available=frozenset(names), others={name: plan.values()[name] for name in names})
+    for task, video in cases(index):
+        fitting = [found for found in rivals(task, video, entry) if found.peak_bytes <= free]
+        try:
+            chosen = Planner(models(task), video, sheet, wishes).choose(free)
+        except IncompatibleOptions:
+            assert not fitting, (task, video, fitting[0].values)
+            continue
+        assert chosen.peak_bytes <= free
+        Plan.of(registry(), plan.values() | {n: chosen.values[n] for n in chosen.reasons}, source="").check(here)
+        best = min(fitting, key=lambda found: found.total_seconds, default=chosen)
+        assert chosen.total_seconds <= 1.05 * best.total_seconds, (task, video, chosen.values, best.values)
 
 
 # What wins -----------------------------------------------------------------------------------------------------------

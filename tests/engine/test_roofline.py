@@ -10,7 +10,6 @@ from wan.engine.roofline import (
     CARDS,
     VAE,
     Transformer,
-    activation_bytes,
     card_for,
     card_of,
     decoder,
@@ -52,13 +51,6 @@ def test_a_compiled_forward_on_an_h100_takes_the_seconds_worked_out(
     net: Transformer, tokens: int, seconds: float
 ) -> None:
     assert forward_seconds(net, tokens, H100, compiled=True) == pytest.approx(seconds, rel=0.03)
-
-
-def test_activations_are_those_worked_out_whole_and_in_rows() -> None:
-    rows = 75_600 // 8
-    assert activation_bytes(BIG, 75_600) / 1e9 == pytest.approx(5.5, rel=0.02)
-    assert activation_bytes(BIG, 75_600, ffn_rows=rows, attention_rows=rows) / 1e9 == pytest.approx(3.4, rel=0.02)
-    assert activation_bytes(BIG, 75_600, batch=2) == 2 * activation_bytes(BIG, 75_600)
 
 
 @pytest.mark.parametrize(

@@ -107,12 +107,23 @@ def _changed(pipeline: Any, plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in changed.items() if value is not None and name != "offload_model"}
 
 
+MEMORY_SAVERS = {
+    "offload_model": "--offload_model True", "vae_cpu": "--vae_cpu", "convert_model_dtype": "--convert_model_dtype",
+    "vae_tiling": "--vae_tiling", "stream_t5": "--stream_t5", "block_swap": "--block_swap auto",
+    "ffn_rows": "--ffn_rows 8192",
+}  # fmt: skip
+"""Option -> what to add to the command where it is off."""
+
+
 def memory_advice(plan: Plan) -> str:
     """What to try when memory ran out, leaving out what is on already."""
     values = plan_values(plan)
-    savers = ("offload_model", "vae_cpu", "convert_model_dtype", "vae_tiling")
-    off = [f"--{name}" + " True" * (name == "offload_model") for name in savers if values.get(name) is False]
-    return "try " + ", ".join([*off, "a smaller --size", "fewer --frame_num"])
+    planned = any(why.startswith("budget") for why in plan.reasons.values())
+    there = {name for name in MEMORY_SAVERS.keys() & values if not values[name]}
+    there -= {"stream_t5"} if values.get("t5_cpu") else set()
+    choose = ["a smaller --vram_budget" if planned else "--vram_budget GB, which chooses what is needed"]
+    off = [flag for name, flag in MEMORY_SAVERS.items() if name in there]
+    return "try " + ", ".join([*choose, *off, "a smaller --size", "fewer --frame_num"])
 
 
 def _beyond_upstream(job: Job) -> bool:

@@ -179,6 +179,7 @@ def describe_budget(found: Prediction) -> list[str]:
         shares = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
         lines.append(f"        {phase:8}{gigabytes(sum(parts.values()))} = {shares}")
     pace = f"{found.seconds_per_step:.2f} s/step, {found.total_seconds:.0f} s a video"
+    pace += ", every step computed" if found.values["cache"] != "off" else ""
     lines.append(f"pace    {pace}, computed from {found.card.source}; {gigabytes(found.host_bytes)} of RAM for weights")
     if found.copies_hide is not None:
         needs = f"{found.copy_rate_needed / GB:.1f} of {found.card.copy_rate / GB:.0f} GB/s needed"

@@ -1,6 +1,6 @@
 """What one way to run a video needs of a card, stage by stage, and how long it takes: computed before a weight is read.
 
-A pure function of sizes, without torch or a GPU; `wan.engine.budget` compares ways to run by it.
+A pure function of sizes, without a GPU; `wan.engine.budget` compares ways to run by it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from wan.engine.activations import dit_activation_bytes
 from wan.engine.roofline import (
     CPU_FLOPS,
     GB,
@@ -25,7 +26,6 @@ from wan.engine.roofline import (
     Conv,
     TextEncoder,
     Transformer,
-    activation_bytes,
     decoder,
     encoder,
     forward_seconds,
@@ -88,7 +88,10 @@ PLAIN: Mapping[str, Any] = {
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
     "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off",
 }  # fmt: skip
-"""The options a prediction looks at, with what plain means; others do not change it."""
+"""The options a prediction looks at, with what plain means; others do not change it.
+
+A step cache counts with its memory; the seconds are those of a video whose every step is computed.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,14 +143,9 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
     stays = _staying(models, given, dit_bytes)
     denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
     decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given))
-    batch = 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
-    activations = activation_bytes(
-        models.transformer, video.tokens(models), batch=batch, ffn_rows=given["ffn_rows"],
-        attention_rows=given["attention_rows"],
-    )  # fmt: skip
     used = {
         "text": {"text encoder": _text_on_card(models.text, given)},
-        "denoise": {"transformer": dit_bytes, "activations": activations},
+        "denoise": {"transformer": dit_bytes, **_activations(models, video, given)},
         "decode": {"VAE": models.vae.num_bytes, "frames": decode_bytes},
     }
     seconds = {
@@ -208,6 +206,29 @@ def _text_on_card(net: TextEncoder, given: Mapping[str, Any]) -> int:
     return LAYERS_AT_ONCE * net.layer_bytes if given["stream_t5"] else net.num_bytes
 
 
+def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes beside the weights while a forward runs, and between forwards.
+
+    Compiled blocks do not write the residual stream where it stands. A step cache keeps the tokens it was given, and
+    of each forward of a step a residual; EasyCache's are latents, which are small.
+    """
+    net, tokens, batch = models.transformer, video.tokens(models), _batch(video, given)
+    one = tokens * net.dim * net.element_size
+    keeps = given["cache"] in ("tea", "mag")
+    live = dit_activation_bytes(
+        dim=net.dim, ffn_dim=net.ffn_dim, tokens=tokens, batch=batch, text_len=net.text_len + net.image_tokens,
+        head_dim=net.dim // net.num_heads, ffn_rows=given["ffn_rows"], attention_rows=given["attention_rows"],
+        param_bytes=net.element_size, streams=1 + net.side_streams + bool(given["compile"]) + keeps,
+    )  # fmt: skip
+    # A side stack also holds what it was given, or what it adds, in the blocks' dtype.
+    parts = {"activations": live + batch * net.side_streams * one}
+    return parts | ({"step cache": video.forwards * one} if keeps else {})
+
+
+def _batch(video: Video, given: Mapping[str, Any]) -> int:
+    return 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
+
+
 def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
     net, away = models.transformer, bool(given["offload_model"])
     dits = models.experts * (net.num_bytes if away else swapped * int(net.swapped_bytes))
@@ -230,7 +251,7 @@ def _denoise_seconds(
     models: Models, video: Video, card: Card, given: Mapping[str, Any], swapped: int
 ) -> tuple[float, float]:
     """(seconds of a step, of one pass over the blocks' computation); swapped blocks are spread among the others."""
-    batch = 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
+    batch = _batch(video, given)
     net, tokens = models.transformer, video.tokens(models)
     computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
     copied = swapped * net.swapped_bytes / card.copy_rate

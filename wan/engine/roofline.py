@@ -176,23 +176,6 @@ def forward_seconds(net: Transformer, tokens: int, card: Card, *, batch: int = 1
     return max(batch * busy, weights, net.num_blocks * (COMPILED_LAUNCH_S if compiled else LAUNCH_S))
 
 
-def activation_bytes(
-    net: Transformer, tokens: int, *, batch: int = 1, ffn_rows: int = 0, attention_rows: int = 0
-) -> int:
-    """Bytes beside the weights at the height of a block: the float32 residual, attention or the feed-forward's.
-
-    Rows 0 compute all tokens at a time. Keys and values are whole in any case.
-    """
-    size, n = net.element_size, tokens * net.dim
-    attention_share = min(1.0, attention_rows / tokens) if attention_rows else 1.0
-    ffn_share = min(1.0, ffn_rows / tokens) if ffn_rows else 1.0
-    attention = 2 * size * n + 3 * size * n * attention_share
-    ffn = size * (2 * n + net.ffn_dim * tokens) * ffn_share
-    tables = 4 * tokens * (net.dim // net.num_heads + net.num_heads)
-    side = (4 + size) * n * net.side_streams
-    return int(batch * (4 * n + side + max(attention, ffn) + tables))
-
-
 # The text encoder ----------------------------------------------------------------------------------------------------
 
 
