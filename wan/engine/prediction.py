@@ -218,9 +218,9 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
     live = dit_activation_bytes(
         dim=net.dim, ffn_dim=net.ffn_dim, tokens=tokens, batch=batch, text_len=net.text_len + net.image_tokens,
         head_dim=net.dim // net.num_heads, ffn_rows=given["ffn_rows"], attention_rows=given["attention_rows"],
-        param_bytes=net.element_size, streams=1 + net.side_streams + bool(given["compile"]) + keeps,
+        param_bytes=net.element_size, streams=1 + 2 * net.side_streams + bool(given["compile"]) + keeps,
     )  # fmt: skip
-    # A side stack also holds what it was given, or what it adds, in the blocks' dtype.
+    # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype.
     parts = {"activations": live + batch * net.side_streams * one}
     return parts | ({"step cache": video.forwards * one} if keeps else {})
 
