@@ -11,6 +11,7 @@ import torch
 from wan.cli.args import memory, parse
 from wan.cli.budget import Budget, budget_of, within_budget
 from wan.cli.generate import main
+from wan.cli.pipelines import memory_advice
 from wan.cli.presets import make_plan
 from wan.cli.request import resolve
 from wan.engine.errors import BadRequest, IncompatibleOptions
@@ -124,3 +125,12 @@ def test_sizes_of_memory_are_read_as_people_write_them(text: str, size: int) -> 
 def test_what_is_no_size_of_memory_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(Exception, match="write 12GB"):
         memory(text)
+
+
+def test_advice_for_lack_of_memory_names_every_option_that_is_off_and_none_that_is_on() -> None:
+    plain = memory_advice(Plan.of(registry(), {}))
+    saving = ("--vram_budget", "--offload_model True", "--vae_cpu", "--vae_tiling", "--stream_t5", "--block_swap auto")
+    assert all(flag in plain for flag in (*saving, "--convert_model_dtype", "--ffn_rows", "--size"))
+    on = {"offload_model": True, "vae_tiling": True, "t5_cpu": True, "block_swap": 4, "ffn_rows": 8192}
+    some = memory_advice(Plan.of(registry(), on, reasons={"block_swap": "budget: else 20 GB"}))
+    assert some == "try a smaller --vram_budget, --vae_cpu, --convert_model_dtype, a smaller --size, fewer --frame_num"
