@@ -1,12 +1,13 @@
 """Where each network is and when it moves: resident on the device, there only while used, or on the CPU for good.
 
-`Placement` decides, a `Mover` acts, so that the order of moves can be tested without a GPU. Networks are loaded when
-first needed, and a resident one straight onto the device.
+`Placement` decides, a `Mover` acts, so that the order of moves can be tested without a GPU; what enters and leaves is
+logged for debugging. Networks are loaded when first needed, and a resident one straight onto the device.
 """
 
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from wan.engine.arena import Arena, aligned
 
 CPU = torch.device("cpu")
+
+_LOG = logging.getLogger(__name__)
 
 
 class Policy(enum.Enum):
@@ -105,7 +108,7 @@ class Placement:
         """The network, loaded if need be, wherever it is."""
         slot = self._slots[name]
         home = self.device if slot.policy is Policy.RESIDENT else CPU
-        return self._loaded(slot, home)
+        return self._loaded(name, home)
 
     def set(self, name: str, module: nn.Module) -> None:
         """Replace a network by a user's; it is taken to be where its first tensor is."""
@@ -148,7 +151,7 @@ class Placement:
             for other, resting in self._slots.items():
                 if other != name and resting.uses == 0 and resting.policy is not Policy.RESIDENT:
                     self._leave(other)
-        self._loaded(slot, target if slot.policy is Policy.RESIDENT else CPU)
+        self._loaded(name, target if slot.policy is Policy.RESIDENT else CPU)
         if target == CPU:
             self._leave(name)
         elif slot.where != target:
@@ -159,17 +162,22 @@ class Placement:
                 slot.where = CPU
                 raise
             slot.where = target
+            _LOG.debug("%s enters", name)
 
     def _leave(self, name: str) -> None:
         slot = self._slots[name]
         if slot.module is not None and slot.where != CPU:
             self._mover.to_host(name, slot.moving())
             slot.where = CPU
+            _LOG.debug("%s leaves", name)
 
-    def _loaded(self, slot: _Slot, where: torch.device) -> nn.Module:
+    def _loaded(self, name: str, where: torch.device) -> nn.Module:
+        slot = self._slots[name]
         if slot.module is None:
             assert slot.load is not None
             slot.module, slot.where = slot.load(where), where
+            if where != CPU:
+                _LOG.debug("%s enters", name)
         return slot.module
 
 

@@ -1,0 +1,4 @@
+@setlocal
+@set "CARD=a6000"
+@set "VRAM=48GB"
+@call "%~dp0launch.bat" %*

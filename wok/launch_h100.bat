@@ -1,0 +1,4 @@
+@setlocal
+@set "CARD=h100"
+@set "VRAM=80GB"
+@call "%~dp0launch.bat" %*

@@ -1,0 +1,4 @@
+@setlocal
+@set "CARD=h200"
+@set "VRAM=141GB"
+@call "%~dp0launch.bat" %*

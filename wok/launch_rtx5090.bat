@@ -1,0 +1,4 @@
+@setlocal
+@set "CARD=rtx5090"
+@set "VRAM=32GB"
+@call "%~dp0launch.bat" %*
