@@ -72,8 +72,9 @@ def climb(
     def run(rung: str, **environment: str) -> tuple[int, str]:
         script, *argv = started(f"{rung}.sh", "--any_size", **sizes, **environment)
         assert script == "tools/measure_run.py"
-        argv[argv.index("--table") + 1] = str(table)
-        status = tool.main([*argv, "--save_file", str(tmp_path / f"{rung}.mp4")])
+        for flag, path in (("--table", table), ("--save_file", tmp_path / f"{rung}.mp4")):
+            argv[argv.index(flag) + 1] = str(path)
+        status = tool.main(argv)
         return status, table.read_text("utf-8")
 
     return run
