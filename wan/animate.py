@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +38,9 @@ class WanAnimate(WanPipeline):
     ) -> None:  # fmt: skip
         if use_relighting_lora:
             plan = extras.get("optimizations")
-            given = extras.get("lora") or (plan.get(LoRA).lora if plan is not None else None)
-            extras["lora"] = ",".join(filter(None, (relighting_lora(config, checkpoint_dir), given)))
+            given = extras.get("lora") or (plan.get(LoRA).lora if plan is not None else ())
+            others = (given,) if isinstance(given, str) else given
+            extras["lora"] = (relighting_lora(config, checkpoint_dir), *others)
         super().__init__(
             config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_sp, t5_cpu, init_on_cpu,
             convert_model_dtype, **extras,

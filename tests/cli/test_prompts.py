@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from wan.cli.args import parse
+from wan.cli.planning import keep_beside
 from wan.cli.prompts import Entry, may_differ, read_entries
 from wan.engine.errors import BadRequest
 from wan.engine.optimizations import registry
@@ -78,6 +79,28 @@ def test_switches_are_true_or_false(tmp_path: Path) -> None:
     assert (off.any_size, off.vae_tiling, off.no_metadata) == (None, False, None)
     on = one(tmp_path, {"any_size": True, "vae_tiling": True})
     assert (on.any_size, on.vae_tiling) == (True, True)
+
+
+def test_list_of_texts_takes_the_place_of_the_command_lines(tmp_path: Path) -> None:
+    given = ["--lora", "a:1", "b", "--lora", "c"]
+    assert command(given).lora == one(tmp_path, {}, given).lora == ("a:1", "b", "c")
+    assert one(tmp_path, {"lora": ["d", "e:0.5@0-1"]}, given).lora == ("d", "e:0.5@0-1")
+    assert one(tmp_path, {"lora": "d"}, given).lora == ("d",)
+    assert one(tmp_path, {"lora": []}, given).lora is None
+    with pytest.raises(BadRequest, match="a text or a list of texts"):
+        one(tmp_path, {"lora": [1]})
+
+
+def test_jobs_with_different_loras_keep_them_beside_the_weights(tmp_path: Path) -> None:
+    def modes(*lines: dict[str, Any], argv: list[str] | None = None) -> set[str | None]:
+        content = "\n".join(json.dumps({"prompt": "a cat"} | line) for line in lines)
+        found = entries(tmp_path / "p.jsonl", content, argv)
+        keep_beside(found)
+        return {entry.args.lora_mode for entry in found}
+
+    assert modes({"lora": ["a"]}, {"lora": ["a"]}) == {None}
+    assert modes({"lora": ["a"]}, {"lora": ["a:0.5"]}, {}) == {"onthefly"}
+    assert modes({"lora_low": ["a"]}, {}, argv=["--lora_mode", "stream"]) == {"stream"}
 
 
 def test_command_line_itself_stays_as_it_was(tmp_path: Path) -> None:

@@ -131,6 +131,27 @@ def test_program_with_another_default_preset_repeats_the_plan_too(default_preset
         assert job_from(again, other).plan == job.plan
 
 
+def test_loras_are_repeated_from_any_folder_and_known_by_their_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = (Path(__file__).parents[1] / "data" / "lora-tiny.safetensors").read_bytes()
+    Path("a.safetensors").write_bytes(tiny)
+    made = record_of([*DUMMY, "--lora", "a.safetensors:0.5@0-0.25", "a.safetensors"])
+    path = tmp_path / "a.safetensors"
+    assert made["flags"]["lora"] == made["plan"]["lora"] == [f"{path}:0.5@0-0.25", f"{path}:1"]
+    assert made["weights"]["lora 1"]["hash"].startswith("sha256:")
+    again, different = filled(made, ["--device", "cpu"])
+    assert again.lora == tuple(made["flags"]["lora"]) and different == []
+    spelled = ["--device", "cpu", "--lora", "a.safetensors:0.50@0-0.25", "a.safetensors"]
+    assert filled(made, spelled, strict=True)[1] == []
+    with pytest.raises(BadRequest, match=r"--lora a.safetensors contradicts --from 'clip.mp4'"):
+        filled(made, ["--device", "cpu", "--lora", "a.safetensors"], strict=True)
+    path.write_bytes(tiny[:-1] + b"!")
+    now = record.build(again, job_from(again))
+    assert differences(made, now)[-1] == "this makes another video"
+
+
 def test_defaults_may_change_and_the_video_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     made = record_of(DUMMY)
     config = copy.deepcopy(WAN_CONFIGS["t2v-1.3B"])

@@ -34,7 +34,8 @@ Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
     "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
-    "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": None,
+    "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
+    "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
     "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
     "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
@@ -52,7 +53,8 @@ UPSTREAM: Settings = {
 
 DATA = Path(__file__).parents[1] / "data"
 EXAMPLES = {
-    "lora": str(DATA / "lora-tiny.safetensors"), "cache_table": str(DATA / "cache-tiny.json"),
+    **dict.fromkeys(("lora", "lora_high", "lora_low"), (str(DATA / "lora-tiny.safetensors"),)),
+    "cache_table": str(DATA / "cache-tiny.json"),
     "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
     "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2, "block_swap": 2, "prefetch_blocks": 0,
     "ffn_rows": 3, "attention_rows": 3,

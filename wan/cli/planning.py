@@ -24,6 +24,7 @@ from wan.cli.generate import Job, Shared, examine, machine, names_file, recorded
 from wan.cli.naming import Claims, run_folder
 from wan.cli.prompts import Entry, read_entries
 from wan.cli.recall import SOURCES, recall, refuse_to_replace
+from wan.cli.replay import LORAS
 from wan.cli.request import fetch, find_source
 from wan.cli.results import DONE, Results, default_path
 from wan.engine.errors import BadRequest, WanError
@@ -70,6 +71,7 @@ def plan_queue(args: argparse.Namespace, registry: Sequence[type[Optimization]],
     _refuse(args)
     path = Path(args.prompt_file).expanduser()
     entries = read_entries(path, args, registry)
+    keep_beside(entries)
     results = _results(args, path)
     seed, drawn = _first_seed(args, results)
     for index, entry in enumerate(entries):
@@ -124,6 +126,14 @@ def _first_seed(args: argparse.Namespace, results: Results) -> tuple[int, bool]:
         return int(args.base_seed), False
     known = results.drawn_seed()
     return random.randint(0, sys.maxsize) if known is None else known, True
+
+
+def keep_beside(entries: Sequence[Entry]) -> None:
+    """Keep LoRAs beside the weights, which are loaded once, where jobs have different ones and nothing else is said."""
+    chosen = {tuple(getattr(entry.args, name) or () for name in LORAS) for entry in entries}
+    for entry in entries:
+        if len(chosen) > 1 and entry.args.lora_mode in (None, "auto"):
+            entry.args.lora_mode = "onthefly"
 
 
 def _examined(entry: Entry, registry: Sequence[type[Optimization]], default_preset: str, shared: Shared) -> Job:

@@ -98,11 +98,11 @@ class _Reader:
                 raise BadRequest('there is no "prompt"')
         except BadRequest as error:
             raise BadRequest(f"{_where(self._path, line)}: {error}") from error
-        args = self._merged(own, [self._dest(key) for key, value in said.items() if value is False])
+        args = self._merged(own, [self._dest(key) for key, value in said.items() if value is False or value == []])
         return Entry(path=self._path, line=line, args=args, seed=own.base_seed)
 
     def _merged(self, own: argparse.Namespace, off: Iterable[str]) -> argparse.Namespace:
-        """The command line with what a job says on top; `off` are its switches that are off."""
+        """The command line with what a job says on top; `off` are its switches that are off, and its empty lists."""
         spelled = {name: value for name, value in vars(own).items() if value is not None and name != "_spelled"}
         cleared = {REPLACES[name] for name in spelled if name in REPLACES and REPLACES[name] not in spelled}
         merged = {**vars(self._args), **dict.fromkeys((*cleared, *off)), **spelled}
@@ -129,6 +129,8 @@ class _Reader:
         flag = action.option_strings[0]
         if action.nargs == 0:
             return self._switch(key, value, action)
+        if action.nargs == "+":
+            return self._several(key, value, flag)
         if action.dest == "sample_guide_scale" and isinstance(value, list):
             value = ",".join(map(str, value))
         if isinstance(value, bool) and action.type is not str2bool:
@@ -138,6 +140,13 @@ class _Reader:
         if not isinstance(value, str | int | float):
             _wrong(key, value, "one value")
         return [f"{flag}={value}"]
+
+    @staticmethod
+    def _several(key: str, value: Any, flag: str) -> list[str]:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            _wrong(key, value, "a text or a list of texts")
+        return [f"{flag}={text}" for text in texts]
 
     def _switch(self, key: str, value: Any, action: argparse.Action) -> list[str]:
         if not isinstance(value, bool) or (action.const is False and not value):

@@ -57,7 +57,7 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "created": datetime.now().astimezone().isoformat(timespec="seconds"),
         "flags": _flags(args, job),
         "preset": args.preset,
-        "plan": job.plan.values(),
+        "plan": _plan(job),
         "versions": environment.versions(),
         "device": environment.device(job.hardware),
         "weights": _weights(job.wanted) | fingerprints.of_parts(_loras(job).items()),
@@ -178,8 +178,12 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         flags |= {name: _absolute(file) for name, file in given.items() if file is not None}
     if wanted.inputs is not None:
         flags |= wanted.inputs.flags
-    plan = job.plan.values() | {"lora": job.plan.get(LoRA).absolute() or None}
-    return flags | {name: value for name, value in plan.items() if value is not None}
+    return flags | {name: value for name, value in _plan(job).items() if value is not None}
+
+
+def _plan(job: Job) -> dict[str, Any]:
+    """Every option by name, as JSON gives it back, with files spelled so that they mean the same in any folder."""
+    return job.plan.values() | job.plan.get(LoRA).absolute()
 
 
 def _absolute(path: str | Path) -> str:

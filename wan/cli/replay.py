@@ -19,7 +19,7 @@ from wan.cli.presets import chosen_here
 from wan.conditioning.geometry import frames_for, parse_size
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import world
-from wan.engine.optimizations import registry
+from wan.engine.optimizations import LoRA, registry
 from wan.engine.options import Option, check_value, options_of
 from wan.engine.plan import Optimization
 
@@ -33,6 +33,8 @@ FILES = ("ckpt_dir", "dit", "dit_low", "t5", "vae", "clip", "tokenizer")
 """Flags that name weights. They may lie elsewhere by now; hashes tell whether they are the same."""
 
 _PATHS = (*FILES, *(flag.name for flag in FLAGS if flag.is_file))
+
+LORAS = ("lora", "lora_high", "lora_low")
 
 OTHERS = ("any_size", "load_format", "fps", "crf")
 
@@ -240,6 +242,9 @@ def _same(name: str, a: Any, b: Any) -> bool:
         return parse_size(a) == parse_size(b)
     if name == "sample_guide_scale":
         return _pair(a) == _pair(b)
+    if name in LORAS:
+        first, second = (LoRA(lora=tuple(each)).absolute()["lora"] for each in (a, b))
+        return first == second
     if name in _PATHS:
         return os.path.abspath(Path(a).expanduser()) == os.path.abspath(Path(b).expanduser())
     return bool(a == b)
@@ -302,5 +307,5 @@ def _text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "unset", True: "on", False: "off"}[value]
     if isinstance(value, tuple | list):
-        return ",".join(f"{number:g}" for number in value)
+        return ",".join(each if isinstance(each, str) else f"{each:g}" for each in value) or "none"
     return repr(value) if isinstance(value, str) and (" " in value or not value) else str(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.accounting import Expectation, Report
+from wan.engine.adapting import Adapted
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.monitor import Silent
@@ -46,6 +47,8 @@ class Engine:
         self.expert_names = tuple(c.name for c in components if c.is_expert)
         self.kernels: dict[str, str] = {}
         """Expert -> its attention backend, where an optimisation chose one."""
+        self.adapted: dict[str, Adapted] = {}
+        """Expert -> what LoRAs keep beside its weights, where they are not merged."""
         self._names = tuple(c.name for c in components)
         self._hooks = Hooks()
         for component in components:
@@ -59,9 +62,12 @@ class Engine:
         """Wrap `dit.trunk` in every segment of the coming run; the wrapper's state dies with the segment."""
         self._hooks.trunk_wrappers.append(factory)
 
-    def wrap_denoiser(self, factory: DenoiserWrapper) -> None:
-        """Wrap the denoiser in every segment of the coming run; the wrapper's state dies with the segment."""
-        self._hooks.denoiser_wrappers.append(factory)
+    def wrap_denoiser(self, factory: DenoiserWrapper, *, outermost: bool = False) -> None:
+        """Wrap the denoiser in every segment of the coming run; the wrapper's state dies with the segment.
+
+        What is `outermost` is called once a step, whatever others make of the branches inside.
+        """
+        (self._hooks.step_wrappers if outermost else self._hooks.denoiser_wrappers).append(factory)
 
     def wrap_segment(self, wrapper: SegmentWrapper) -> None:
         """Enter `wrapper(dit, denoising)` round every segment of the coming run, for what acts on blocks' own seams."""
@@ -169,7 +175,7 @@ class Engine:
         given = {name: value for name, value in overrides.items() if value is not None}
         plan = self.plan.changed([type(o) for o in self.plan.optimizations], given, source="generate()")
         for before, now in zip(self.plan.optimizations, plan.optimizations, strict=True):
-            if before != now and not now.per_call:
+            if before != now and not now.follows(before):
                 names = ", ".join(sorted(name for name in given if hasattr(now, name)))
                 raise IncompatibleOptions(
                     f"generate({names}=...) cannot be changed for one call: it acts while weights are loaded. "

@@ -35,6 +35,11 @@ class Option:
         return bool in _alternatives(self.type)
 
     @property
+    def is_several(self) -> bool:
+        """Whether it takes any number of texts."""
+        return get_origin(self.type) is tuple
+
+    @property
     def choices(self) -> tuple[Any, ...]:
         """The values there are; none where any number or text will do."""
         return () if _plain(self.type) else _words(self.type)
@@ -70,7 +75,11 @@ def options_of(cls: type) -> list[Option]:
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, options: Iterable[Option]) -> None:
     """Add the flags of `options`; every one defaults to None, "not spelled"."""
     for o in options:
-        if o.is_switch and not o.takes_bool:
+        if o.is_several:
+            parser.add_argument(
+                *o.flags, dest=o.name, action=Several, nargs="+", default=UNSET, help=o.help, metavar=o.name.upper()
+            )
+        elif o.is_switch and not o.takes_bool:
             parser.add_argument(*o.flags, dest=o.name, action=Spelling, nargs=0, const=True, default=UNSET, help=o.help)
         else:
             parser.add_argument(
@@ -104,6 +113,22 @@ class Spelling(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
+class Several(argparse.Action):
+    """Gathers the values of every time the flag is given."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        gathered = (*(getattr(namespace, self.dest) or ()), *values)
+        spelled: dict[str, tuple[str, Any]] = namespace.__dict__.setdefault("_spelled", {})
+        spelled[self.dest] = (f"{option_string} {' '.join(gathered)}", gathered)
+        setattr(namespace, self.dest, gathered)
+
+
 def str2bool(value: str | bool) -> bool:
     """Upstream's spelling of booleans: yes/true/t/y/1 and no/false/f/n/0 in any case."""
     if isinstance(value, bool):
@@ -120,6 +145,11 @@ def check_value(o: Option, value: Any, source: str) -> Any:
     """`value` if `o` accepts it, else BadRequest naming `source` (a preset file, a keyword)."""
     if value is None and type(None) in _alternatives(o.type):
         return value
+    if o.is_several:
+        texts = (value,) if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            raise BadRequest(f"{source}: {o.name} = {value!r} is not a text or a list of texts")
+        return tuple(texts)
     if o.choices:
         if value not in o.choices:
             raise BadRequest(f"{source}: {o.name} = {value!r} is not one of {', '.join(map(str, o.choices))}")

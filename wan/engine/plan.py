@@ -70,6 +70,10 @@ class Optimization:
         switch = dataclasses.fields(self)[0]
         return getattr(self, switch.name) not in (False, None, 0, "off")
 
+    def follows(self, before: Optimization) -> bool:
+        """Whether a call may have these options where the networks were loaded with those of `before`."""
+        return self.per_call
+
     def check(self, hardware: Hardware) -> None:
         """Raise IncompatibleOptions or MissingPackage if this cannot run here."""
 

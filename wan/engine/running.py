@@ -73,6 +73,7 @@ class Hooks:
 
     trunk_wrappers: list[TrunkWrapper] = field(default_factory=list)
     denoiser_wrappers: list[DenoiserWrapper] = field(default_factory=list)
+    step_wrappers: list[DenoiserWrapper] = field(default_factory=list)
     expectations: list[Expectation] = field(default_factory=list)
     resumable: list[Callable[[Step], bool]] = field(default_factory=list)
     shares: list[Callable[[Step], float]] = field(default_factory=list)
@@ -249,7 +250,7 @@ class GroupRun:
         for wrap in self.hooks.trunk_wrappers:
             wrapped = wrap(wrapped, dit, segment)
         denoiser: Denoiser = Sequential(dit)  # type: ignore[arg-type]
-        for wrap_denoiser in self.hooks.denoiser_wrappers:
+        for wrap_denoiser in (*self.hooks.denoiser_wrappers, *self.hooks.step_wrappers):
             denoiser = wrap_denoiser(denoiser, dit, segment)
         dit.trunk = wrapped  # type: ignore[assignment]
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import wan
-from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import LoRA
+from wan.engine.optimizations.lora import parsed
 from wan.engine.weights.lora import merged, open_lora
+from wan.engine.weights.lora_names import target_of
 
 RANK = 3
 LAYERS = ("blocks.0.self_attn.q", "blocks.11.cross_attn.k_img", "blocks.1.ffn.2")
@@ -31,16 +34,19 @@ DIALECTS = {
     "older still": ("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
     "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
     "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
-    "kohya, two dashes": ("lora_unet__{}.lora_down.weight", "lora_unet__{}.lora_up.weight"),
+    "kohya, dots": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+    "kohya, diffusers' names": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
+    "VideoX-Fun": ("lora_unet__{}.lora_down.weight", "lora_unet__{}.lora_up.weight"),
 }
 DIFFUSERS = {"self_attn.q": "attn1.to_q", "cross_attn.k_img": "attn2.add_k_proj", "ffn.2": "ffn.net.2"}
 
 
 def spelled(layer: str, dialect: str) -> str:
-    if dialect == "diffusers":
+    if "diffusers" in dialect:
         for ours, theirs in DIFFUSERS.items():
             layer = layer.replace(ours, theirs)
-    return layer.replace(".", "_") if dialect.startswith("kohya") else layer
+    dashes = dialect in ("kohya", "kohya, diffusers' names", "VideoX-Fun")
+    return layer.replace(".", "_") if dashes else layer
 
 
 def pairs(dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
@@ -71,7 +77,7 @@ def weights(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def test_every_dialect_merges_to_the_same_numbers(tmp_path: Path, dialect: str, alpha: float | None) -> None:
     matrices, base = pairs(), weights()
     lora = open_lora(write(tmp_path / "x.safetensors", dialect, matrices, alpha))
-    assert set(lora.layers) == set(LAYERS)
+    assert lora.targets == {target_of(f"{layer}.weight") for layer in LAYERS}
     lora.check({key: tuple(value.shape) for key, value in base.items()})
     out = dict(merged(base.items(), [(lora, 0.5)]))
     for key, value in base.items():
@@ -126,6 +132,96 @@ def test_a_weight_of_more_dims_takes_the_delta_in_its_shape(tmp_path: Path) -> N
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_differences_of_lightx2v_reach_weights_biases_norms_and_modulation(tmp_path: Path) -> None:
+    """The keys of an extracted few-step LoRA: pairs, diff of small weights, diff_b of biases, diff_m of modulation."""
+    shapes = {
+        "patch_embedding.weight": (8, 2, 1, 2, 2), "patch_embedding.bias": (8,), "blocks.0.modulation": (1, 6, 8),
+        "blocks.0.self_attn.q.weight": (8, 8), "blocks.0.self_attn.q.bias": (8,), "blocks.0.norm3.weight": (8,),
+        "blocks.0.norm3.bias": (8,), "blocks.0.self_attn.norm_q.weight": (8,), "head.head.weight": (4, 8),
+        "head.head.bias": (4,), "head.modulation": (1, 2, 8), "blocks.0.ffn.0.weight": (8, 8),
+    }  # fmt: skip
+    theirs = {
+        "patch_embedding.weight": "patch_embedding.diff", "blocks.0.modulation": "blocks.0.diff_m",
+        "patch_embedding.bias": "patch_embedding.diff_b", "blocks.0.self_attn.q.bias": "blocks.0.self_attn.q.diff_b",
+        "blocks.0.norm3.weight": "blocks.0.norm3.diff", "blocks.0.norm3.bias": "blocks.0.norm3.diff_b",
+        "blocks.0.self_attn.norm_q.weight": "blocks.0.self_attn.norm_q.diff", "head.head.weight": "head.head.diff",
+        "head.head.bias": "head.head.diff_b", "head.modulation": "head.modulation.diff",
+    }  # fmt: skip
+    base = {key: torch.randn(shape) for key, shape in shapes.items()}
+    added = {key: torch.randn(shapes[key]) for key in theirs}
+    down, up = torch.randn(RANK, 8), torch.randn(8, RANK)
+    state = {f"diffusion_model.{theirs[key]}": value for key, value in added.items()}
+    q = "diffusion_model.blocks.0.self_attn.q"
+    state |= {f"{q}.lora_down.weight": down, f"{q}.lora_up.weight": up, "scaled_fp8": torch.zeros(0)}
+    save_file(state, str(tmp_path / "x.safetensors"))
+    lora = open_lora(tmp_path / "x.safetensors")
+    lora.check(shapes)
+    assert lora.counts() == "12 tensors used (1 pairs, 10 differences), 1 of no effect, 0 unknown"
+    out = dict(merged(base.items(), [(lora, 0.5)]))
+    added["blocks.0.self_attn.q.weight"] = up @ down
+    assert out["blocks.0.ffn.0.weight"] is base["blocks.0.ffn.0.weight"]
+    for key, delta in added.items():
+        torch.testing.assert_close(out[key], base[key] + 0.5 * delta, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "factor"),
+    [
+        ({"transformer.r": RANK, "transformer.lora_alpha": 6}, 2.0),
+        ({"lora_alpha": 6, "use_rslora": True}, 6 / RANK**0.5),
+        ({"lora_alpha": 6, "alpha_pattern": {"self_attn.q": 1}}, 1 / RANK),
+    ],
+    ids=str,
+)
+def test_alpha_is_taken_from_the_adapters_metadata_where_no_key_has_it(
+    tmp_path: Path, config: dict[str, object], factor: float
+) -> None:
+    down, up = torch.randn(RANK, 10), torch.randn(8, RANK)
+    q, path = "transformer.blocks.0.self_attn.q", tmp_path / "x.safetensors"
+    state = {f"{q}.lora_A.weight": down, f"{q}.lora_B.weight": up, f"{q}.lora_B.bias": torch.ones(8)}
+    save_file(state, str(path), metadata={"lora_adapter_metadata": json.dumps(config)})
+    base = {"blocks.0.self_attn.q.weight": torch.zeros(8, 10), "blocks.0.self_attn.q.bias": torch.zeros(8)}
+    weight, bias = dict(merged(base.items(), [(open_lora(path), 1.0)])).values()
+    torch.testing.assert_close(weight, factor * up @ down, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(bias, factor * torch.ones(8))
+
+
+def test_a_file_of_two_experts_gives_each_its_own(tmp_path: Path) -> None:
+    first, second = pairs(), pairs()
+    state: dict[str, Tensor] = {}
+    for prefix, matrices in (("transformer", first), ("transformer_2", second)):
+        for layer, (down, up) in matrices.items():
+            name = f"{prefix}.{spelled(layer, 'diffusers')}"
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    save_file(state, str(tmp_path / "x.safetensors"))
+    lora, key = open_lora(tmp_path / "x.safetensors"), f"{LAYERS[0]}.weight"
+    for name, matrices in (("high", first), ("low", second)):
+        down, up = matrices[LAYERS[0]]
+        torch.testing.assert_close(lora.for_expert(name).delta(key).dense(), up @ down)
+    with pytest.raises(BadCheckpoint, match=r"'transformer_2.*it is for a model of two experts, this has one"):
+        lora.for_expert("dit")
+
+
+def test_a_wider_difference_brings_input_channels(tmp_path: Path) -> None:
+    """As control LoRAs do: the first convolution takes more than the base has, and nothing else may."""
+    wide, base = torch.randn(8, 5, 1, 2, 2), torch.randn(8, 2, 1, 2, 2)
+    for name, state in {
+        "diff": {"patch_embedding.diff": wide},
+        "pair": {
+            "patch_embedding.lora_A.weight": wide,
+            "patch_embedding.lora_B.weight": torch.eye(8)[:, :, None, None],
+        },
+    }.items():
+        save_file(state, str(tmp_path / f"{name}.sft"))
+        lora = open_lora(tmp_path / f"{name}.sft")
+        assert lora.shape("patch_embedding.weight", (8, 2, 1, 2, 2)) == (8, 5, 1, 2, 2)
+        [(_, out)] = merged([("patch_embedding.weight", base)], [(lora, 1.0)])
+        torch.testing.assert_close(out[:, :2], base + wide[:, :2])
+        torch.testing.assert_close(out[:, 2:], wide[:, 2:])
+        with pytest.raises(BadCheckpoint, match="of another size"):
+            lora.check({"patch_embedding.weight": (8, 6, 1, 2, 2)})
+
+
 # Refusals ----------------------------------------------------------------------------------------------------------
 
 
@@ -133,9 +229,17 @@ def test_a_weight_of_more_dims_takes_the_delta_in_its_shape(tmp_path: Path) -> N
     ("state", "said"),
     [
         ({"blocks.0.ffn.0.lora_A.weight": torch.zeros(2, 4)}, "no 'up' matrix for 'blocks.0.ffn.0'"),
-        ({"blocks.0.ffn.0.hada_w1_a": torch.zeros(2, 4)}, "'blocks.0.ffn.0.hada_w1_a', which this version cannot"),
-        ({"blocks.0.ffn.0.diff": torch.zeros(2, 4)}, "cannot merge"),
-        ({"blocks.0.ffn.0.weight": torch.zeros(2, 4)}, "cannot merge"),
+        (
+            {"blocks.0.ffn.0.hada_w1_a": torch.zeros(2, 4)},
+            r"'blocks.0.ffn.0.hada_w1_a' \(1 tensors\), which it cannot use",
+        ),
+        ({"blocks.0.ffn.0.weight": torch.zeros(2, 4)}, "cannot use"),
+        ({"lora_te_x.bias": torch.zeros(2), "a.diff": torch.zeros(2)}, r"'lora_te_x.bias' \(1 tensors\)"),
+        (
+            {f"q.{n}": torch.zeros(2, 2) for n in ("diff", "lora_A.weight", "lora_B.weight")},
+            "a pair and a difference for 'q'",
+        ),
+        ({"q.lora_A.weight": torch.zeros(2, 4), "q.lora_down.weight": torch.zeros(2, 4)}, "twice"),
         ({}, "is empty"),
     ],
 )
@@ -149,26 +253,41 @@ def test_what_is_no_pair_is_refused_by_name(tmp_path: Path, state: dict[str, Ten
 def test_a_lora_of_another_model_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     lora = open_lora(write(tmp_path / "x.safetensors", "PEFT", pairs()))
     shapes = {key: tuple(value.shape) for key, value in weights().items()}
-    with pytest.raises(BadCheckpoint, match=r"8, 3\] x \[3, 10\] for 'blocks.1.ffn.2', whose weight is \[8, 12\]"):
+    with pytest.raises(BadCheckpoint, match=r"8, 3\] x \[3, 10\] for '.*blocks.1.ffn.2', whose weight is \[8, 12\]"):
         lora.check(shapes | {"blocks.1.ffn.2.weight": (8, 12)})
     del shapes["blocks.1.ffn.2.weight"]
-    with pytest.raises(BadCheckpoint, match=r"changes 'blocks.1.ffn.2', which this transformer lacks"):
+    with pytest.raises(
+        BadCheckpoint, match=r"changes '.*blocks.1.ffn.2', which .* lacks; .*\(1 of its 3 changes do not fit"
+    ):
         lora.check(shapes)
     with pytest.raises(BadCheckpoint, match="which this transformer lacks"):
         list(merged([], [(lora, 1.0)]))
 
 
-def test_the_flag_takes_files_and_strengths(tmp_path: Path) -> None:
-    path = write(tmp_path / "a@0.5.safetensors", "PEFT", pairs())
-    for text, strength in ((f"{path}", 1.0), (f"{path}@0.25, ", 0.25), (f"{path}@-1", -1.0)):
-        [(key, out)] = LoRA(lora=text).transform([(f"{LAYERS[0]}.weight", torch.zeros(8, 10))], "vae")
-        assert not out.any(), "only transformers are changed"
-        [(_, found)] = LoRA(lora=text)._files()
-        assert found == strength and key
-    with pytest.raises(BadRequest, match="'strong' is no number"):
-        LoRA(lora=f"{path}@strong").check(CPU)
+def test_a_lora_is_spelled_from_the_right(tmp_path: Path) -> None:
+    path = write(tmp_path / "a:0.5.safetensors", "PEFT", pairs())
+    windows = r"C:\loras\a.safetensors"
+    for text, file, strength, steps in (
+        (f"{path}", path, 1.0, (0, 1)),
+        (f"{path}:0.25", path, 0.25, (0, 1)),
+        (f"{path}:-1@0.5-1", path, -1.0, (0.5, 1)),
+        (windows, Path(windows), 1.0, (0, 1)),
+        (f"{windows}:2@0-0.5", Path(windows), 2.0, (0, 0.5)),
+    ):
+        given = parsed(text, "--lora")
+        assert (given.path, given.strength, (given.first, given.last)) == (file, strength, steps)
+        assert str(parsed(str(given), "--lora")) == str(given)
+    for wrong, said in (
+        (":strong", "'strong' is no number"),
+        (":nan", "'nan' is no number"),
+        (":1@0.7-0.2", "share of"),
+    ):
+        with pytest.raises(BadRequest, match=said):
+            LoRA(lora=(f"{path}{wrong}",)).check(CPU)
     with pytest.raises(BadCheckpoint, match=r"LoRA '.*none' does not exist"):
-        LoRA(lora=str(tmp_path / "none")).check(CPU)
+        LoRA(lora=(str(tmp_path / "none"),)).check(CPU)
+    with pytest.raises(IncompatibleOptions, match="--lora_mode merge and .*:1@0-0.5'.*use --lora_mode onthefly"):
+        LoRA(lora=(f"{path}:1@0-0.5",), lora_mode="merge").check(CPU)
 
 
 def test_the_pipeline_merges_into_every_expert_and_refuses_what_does_not_fit(
@@ -176,14 +295,13 @@ def test_the_pipeline_merges_into_every_expert_and_refuses_what_does_not_fit(
 ) -> None:
     path = root / "tests" / "data" / "lora-tiny.safetensors"
     plain = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu")
-    changed = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=f"{path}@2")
+    changed = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=f"{path}:2")
     lora = open_lora(path)
     for name in ("high_noise_model", "low_noise_model"):
         before, after = (getattr(pipe, name).state_dict() for pipe in (plain, changed))
         assert before.keys() == after.keys()
         for key, value in before.items():
-            layer = key.removesuffix(".weight")
-            delta = 2 * lora.delta(layer) if layer in lora.layers else torch.zeros(())
+            delta = 2 * lora.delta(key).dense() if lora.changes(key) else torch.zeros(())
             torch.testing.assert_close(after[key], value + delta, rtol=1e-6, atol=1e-7)
     other = write(tmp_path / "other.safetensors", "PEFT", pairs())
     with pytest.raises(BadCheckpoint, match="whose weight is|which this transformer lacks"):

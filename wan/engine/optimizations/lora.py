@@ -1,72 +1,287 @@
-"""LoRAs, merged into the transformer's weights while they are read."""
+"""LoRAs: merged into the transformer's weights while they are read, or kept beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from wan.engine.errors import BadRequest
+from wan.engine.accounting import Trunk
+from wan.engine.adapting import Adapted, Counts
+from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
+from wan.engine.placement import Policy
 from wan.engine.plan import Optimization, Order
+from wan.engine.sampling.schedule import span
+from wan.engine.types import Condition, Denoiser, Segment, Step
 from wan.engine.weights.lora import LoRAFile, merged, open_lora
 
+if TYPE_CHECKING:
+    from wan.engine.engine import Engine
+
 EXPERTS = ("dit", "high", "low")
+AT_RUN_TIME = ("onthefly", "stream")
+_SPELLED = re.compile(r"(?P<path>.+):(?P<strength>[^:@/\\]+)(?:@(?P<span>[^:@/\\]+))?")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A LoRA as it was asked for: its file, how strong, and in which share of the steps."""
+
+    path: Path
+    strength: float = 1.0
+    first: float = 0.0
+    last: float = 1.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it acts in every step."""
+        return (self.first, self.last) == (0.0, 1.0)
+
+    def at(self, step: Step) -> float:
+        """Its strength in a step."""
+        return self.strength if self.whole or self.first <= step.index / step.count < self.last else 0.0
+
+    def __str__(self) -> str:
+        steps = "" if self.whole else f"@{self.first:g}-{self.last:g}"
+        return f"{self.path.absolute()}:{self.strength:g}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Optimization):
-    """Add LoRAs to the transformer's weights: a style, a character, Animate's relighting.
+    """Change the transformer by LoRA files: a style, a character, fewer steps, Animate's relighting.
 
-    Each layer is merged in float32 when it is read, so a step costs what it cost before and there is never a second
-    copy of the weights. Of two experts both are changed. Files in the usual dialects (PEFT, diffusers, kohya) are read;
-    one that is made for another model is refused before weights are. Source: Hu et al. 2021, arXiv:2106.09685.
+    `merge` adds them to the weights while these are read, in float32: a step costs what it cost before. `onthefly`
+    keeps their thin matrices beside the weights, which stay the checkpoint's: strengths may change by the step, files
+    by the video of a queue, and quantised weights are not quantised again; a step computes a little more. `stream`
+    merges the weights of a block for the time of its call: for LoRAs of very high rank. `auto` is merge, or onthefly
+    where a LoRA acts in part of the steps. Files in every usual dialect are read; one made for another model is
+    refused before weights are. docs/lora.md. Source: Hu et al. 2021, arXiv:2106.09685.
     """
 
     order = Order.MERGE
     grade = "lossy"
     tolerance = 0.05
-    lora: str | None = option(None, "LoRA files to merge, comma separated; FILE@0.8 sets a strength other than 1")
+    per_call = True
+    lora: tuple[str, ...] = option((), "LoRA files, each FILE[:STRENGTH[@FROM-TO]]: 1 unless said, in a share of steps")
+    lora_high: tuple[str, ...] = option((), "the same for the high-noise expert alone")
+    lora_low: tuple[str, ...] = option((), "the same for the low-noise expert alone")
+    lora_mode: Literal["auto", "merge", "onthefly", "stream"] = option(
+        "auto", "added to the weights at loading, beside them at run time, or merged block by block"
+    )
+    lora_timing: bool = option(False, "tell what LoRAs cost: reading, merging, copying, and the seconds of a step")
 
     @property
     def enabled(self) -> bool:
-        return bool(self.lora)
+        return bool(self.lora or self.lora_high or self.lora_low) or self.lora_mode in AT_RUN_TIME
+
+    @property
+    def mode(self) -> str:
+        """What is done, where it was left open."""
+        if self.lora_mode != "auto":
+            return self.lora_mode
+        return "merge" if all(given.whole for given in self._all()) else "onthefly"
 
     def check(self, hardware: Hardware) -> None:
-        self._files()
+        for given in self._all():
+            open_lora(given.path)
+            if not given.whole and self.mode == "merge":
+                raise IncompatibleOptions(
+                    f"--lora_mode merge and {str(given)!r} do not go together: what is merged acts in every step; use "
+                    "--lora_mode onthefly"
+                )
+
+    def follows(self, before: Optimization) -> bool:
+        assert isinstance(before, LoRA)
+        return before.mode in AT_RUN_TIME and self.lora_mode in ("auto", before.mode)
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
-        if name in EXPERTS:
-            for lora, _ in self._files():
-                lora.check(shapes)
+        if name not in EXPERTS:
+            return
+        if name == "dit" and (self.lora_high or self.lora_low):
+            flag = "--lora_high" if self.lora_high else "--lora_low"
+            raise BadRequest(f"{flag}: this model has one expert; use --lora")
+        for lora, given in self._files(name):
+            lora.check(shapes)
+            _refuse_widening(lora, shapes)
+            logging.getLogger(__name__).info(
+                "LoRA %s -> %s: %s, strength %g", given.path.name, name, lora.counts(), given.strength
+            )
 
     def transform(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Iterable[tuple[str, Tensor]]:
-        return merged(weights, self._files()) if name in EXPERTS else weights
+        files = self._files(name) if name in EXPERTS else []
+        if not files or self.mode in AT_RUN_TIME:
+            return weights
+        return merged(weights, [(lora, given.strength) for lora, given in files], partial(self._tell_merged, name))
+
+    def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
+        if name in engine.expert_names and self.mode in AT_RUN_TIME:
+            engine.adapted[name] = Adapted(module, engine.device, dense=self.mode == "stream")
+
+    def apply(self, engine: Engine) -> None:
+        spent: dict[str, list[float]] = {}
+
+        def wrap(denoiser: Denoiser, dit: nn.Module, segment: Segment) -> Denoiser:
+            if (adapted := engine.adapted.get(segment.expert)) is not None:
+                denoiser = _Changing(denoiser, adapted, self._files(segment.expert))
+            return _timed(denoiser, spent, engine.device) if self.lora_timing else denoiser
+
+        engine.wrap_denoiser(wrap, outermost=True)
+        engine.wrap_segment(lambda dit, denoising: _leaving(dit, engine))
+        if not all(given.whole for given in self._all()):
+            engine.wrap_trunk(lambda trunk, dit, segment: _refusing_windows(trunk, engine.adapted[segment.expert]))
+        if self.lora_timing:
+            engine.during_run(lambda: _told(spent, engine))
 
     @property
     def paths(self) -> list[Path]:
         """Where the files are."""
-        return [path for path, _ in self._given()]
+        return [given.path for given in self._all()]
 
-    def absolute(self) -> str:
-        """The option, spelled so that it means the same in any folder."""
-        return ",".join(f"{path.absolute()}@{strength:g}" for path, strength in self._given())
+    def absolute(self) -> dict[str, list[str]]:
+        """The options that name files, spelled so that they mean the same in any folder."""
+        named = {"lora": self.lora, "lora_high": self.lora_high, "lora_low": self.lora_low}
+        return {name: [str(parsed(text, f"--{name}")) for text in texts] for name, texts in named.items()}
 
-    def _files(self) -> list[tuple[LoRAFile, float]]:
-        return [(open_lora(path), strength) for path, strength in self._given()]
+    def _files(self, name: str) -> list[tuple[LoRAFile, Given]]:
+        """What changes one expert."""
+        found = [(open_lora(given.path), given) for given in self._given("lora")]
+        mine = [(lora.for_expert(name), given) for lora, given in found]
+        if name in ("high", "low"):
+            mine += [(open_lora(given.path), given) for given in self._given(f"lora_{name}")]
+        return [(lora, given) for lora, given in mine if lora.targets]
 
-    def _given(self) -> list[tuple[Path, float]]:
-        return [_parsed(text.strip()) for text in (self.lora or "").split(",") if text.strip()]
+    def _given(self, option_name: str) -> list[Given]:
+        return [parsed(text, f"--{option_name}") for text in getattr(self, option_name)]
+
+    def _all(self) -> list[Given]:
+        return [given for name in ("lora", "lora_high", "lora_low") for given in self._given(name)]
+
+    def _tell_merged(self, name: str, tensors: int, seconds: float) -> None:
+        if self.lora_timing:
+            logging.getLogger(__name__).info(
+                "LoRA timing: %s, %d tensors read and merged in %.2f s", name, tensors, seconds
+            )
 
 
-def _parsed(text: str) -> tuple[Path, float]:
-    path, at, strength = text.rpartition("@")
-    if not at or Path(text).expanduser().is_file():
-        return Path(text).expanduser(), 1.0
+def parsed(text: str, flag: str) -> Given:
+    """FILE, FILE:STRENGTH or FILE:STRENGTH@FROM-TO, read from the right: a file's name may hold colons itself."""
+    if Path(text).expanduser().is_file():
+        return Given(Path(text).expanduser())
+    match = _SPELLED.fullmatch(text)
+    if match is None:
+        return Given(Path(text).expanduser())
     try:
-        return Path(path).expanduser(), float(strength)
-    except ValueError as error:
-        raise BadRequest(f"--lora {text!r}: {strength!r} is no number; write FILE or FILE@0.8") from error
+        strength = float(match["strength"])
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise BadRequest(f"{flag} {text!r}: {match['strength']!r} is no number; write FILE, FILE:0.8 or FILE:0.8@0-0.5")
+    first, last = span(f"{flag} {text!r}:", match["span"]) if match["span"] is not None else (0.0, 1.0)
+    return Given(Path(match["path"]).expanduser(), strength, first, last)
+
+
+class _Changing:
+    """Has an expert's LoRAs at the strengths of each step. Once a step, whatever computes its branches and windows."""
+
+    def __init__(self, inner: Denoiser, adapted: Adapted, files: Sequence[tuple[LoRAFile, Given]]) -> None:
+        self._inner = inner
+        self._adapted = adapted
+        self._given = [given for _, given in files]
+        self._branches: dict[tuple[float, ...], dict[str, tuple[Condition, Condition]]] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            adapted.load([lora for lora, _ in files])
+
+    def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        strengths = tuple(given.at(step) for given in self._given)
+        with self._adapted.at(strengths):
+            return self._inner(latents, step, self._own(strengths, branches))
+
+    def _own(self, strengths: tuple[float, ...], branches: Mapping[str, Condition]) -> Mapping[str, Condition]:
+        """The branches, with memories of their own where what embeds the text changes in the middle of a video."""
+        if all(given.whole for given in self._given) or not self._adapted.changes_outside_blocks:
+            return branches
+        kept = self._branches.setdefault(strengths, {})
+        for name, branch in branches.items():
+            if name not in kept or kept[name][0] is not branch:
+                kept[name] = branch, replace(branch, memo={})
+        return {name: kept[name][1] for name in branches}
+
+
+def _refusing_windows(trunk: Trunk, adapted: Adapted) -> Trunk:
+    """`trunk`, refusing windows where they would remember a text's embedding that changes in the middle of a video."""
+
+    def run(tokens: Tensor, inputs: Any, condition: Condition, step: Step) -> Tensor:
+        if step.window and adapted.changes_outside_blocks:
+            raise IncompatibleOptions(
+                "--context_frames and a LoRA with @FROM-TO that changes what embeds the text do not go together: "
+                "windows remember the embedding; leave out @FROM-TO"
+            )
+        return trunk(tokens, inputs, condition, step)
+
+    return run
+
+
+def _timed(inner: Denoiser, spent: dict[str, list[float]], device: torch.device) -> Denoiser:
+    """`inner`, noting the seconds of each step by expert; waits for the device, which is what timing costs."""
+
+    def run(latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        _wait(device)
+        started = time.perf_counter()
+        found = inner(latents, step, branches)
+        _wait(device)
+        spent.setdefault(step.expert, []).append(time.perf_counter() - started)
+        return found
+
+    return run
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _leaving(dit: nn.Module, engine: Engine) -> Iterator[None]:
+    """A network that leaves the device between its segments takes along what was beside it."""
+    try:
+        yield
+    finally:
+        for name, adapted in engine.adapted.items():
+            if adapted.module is dit and engine.placement.policy(name) is not Policy.RESIDENT:
+                adapted.leave()
+
+
+@contextmanager
+def _told(spent: Mapping[str, list[float]], engine: Engine) -> Iterator[None]:
+    """The table of `--lora_timing`, when a run is over."""
+    yield
+    tell = logging.getLogger(__name__).info
+    tell("LoRA timing: expert   read s  tensors  found on device  copied MiB  steps  s/step")
+    for name, steps in spent.items():
+        counts = engine.adapted[name].counts if name in engine.adapted else Counts()
+        calls = counts.hits + counts.misses
+        found = f"{counts.hits}/{calls}" if calls else "-"
+        tell("LoRA timing: %-6s %8.2f %8d %16s %11.1f %6d %7.3f", name, counts.read_seconds, counts.tensors_read,
+             found, counts.copied_bytes / 2**20, len(steps), sum(steps) / len(steps))  # fmt: skip
+
+
+def _refuse_widening(lora: LoRAFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise BadCheckpoint where a model would take more channels than its family gives it."""
+    for key, shape in shapes.items():
+        if (wider := lora.shape(key, shape)) != shape:
+            raise BadCheckpoint(
+                f"LoRA {str(lora.path)!r} gives {key!r} {wider[1]} input channels, this model has {shape[1]}: that is "
+                "another model; use it as a checkpoint, a folder with adapter_config.json (docs/checkpoints.md)"
+            )

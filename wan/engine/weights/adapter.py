@@ -37,12 +37,14 @@ class AdaptedFile(WeightFile):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         stored = self._adapter.shapes()
-        return self._base.shapes() | {ours: stored[key] for ours, key in self._whole.items()}
+        base = {key: self._lora.shape(key, shape) for key, shape in self._base.shapes().items()}
+        return base | {ours: stored[key] for ours, key in self._whole.items()}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         stored = self._adapter.dtypes()
-        merged = {f"{layer}.weight": torch.float32 for layer in self._lora.layers}
-        return self._base.dtypes() | merged | {ours: stored[key] for ours, key in self._whole.items()}
+        base = self._base.dtypes()
+        merged = {key: torch.float32 for key in base if self._lora.changes(key)}
+        return base | merged | {ours: stored[key] for ours, key in self._whole.items()}
 
     def stream(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         wanted = list(self.shapes() if keys is None else keys)

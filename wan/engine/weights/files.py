@@ -130,13 +130,30 @@ def truncated(entry: Entry, key: str) -> BadCheckpoint:
     )
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a .safetensors file says of itself beside its tensors. Raises BadCheckpoint."""
+    try:
+        held = _safetensors_json(path)[0].get("__metadata__")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadCheckpoint(
+            f"{str(path)!r} is truncated or no safetensors file ({error}); download it again"
+        ) from error
+    return held if isinstance(held, dict) else {}
+
+
+def _safetensors_json(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and its length."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size - 8):
+            raise ValueError(f"its header would be {length} bytes long")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header, length
+
+
 def _safetensors_header(path: Path) -> dict[str, Entry]:
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(MAX_HEADER_BYTES, os.fstat(file.fileno()).st_size - 8):
-                raise ValueError(f"its header would be {length} bytes long")
-            header: dict[str, Any] = json.loads(file.read(length))
+        header, length = _safetensors_json(path)
         header.pop("__metadata__", None)
         odd = [key for key, row in header.items() if row["dtype"] not in DTYPES]
         entries = {} if odd else {key: _safetensors_entry(path, 8 + length, row) for key, row in header.items()}

@@ -27,6 +27,10 @@ class KeyMap:
         """Our name of their `key`. Raises BadCheckpoint for one that no pair covers."""
         return _translate(key, self._backwards)
 
+    def covers(self, key: str) -> bool:
+        """Whether a pair translates their `key`."""
+        return any(pattern.match(key) for pattern, _ in self._backwards)
+
     @cached_property
     def _forwards(self) -> list[tuple[re.Pattern[str], str]]:
         return [_rule(ours, theirs) for ours, theirs in self.pairs]

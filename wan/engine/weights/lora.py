@@ -1,155 +1,321 @@
-"""LoRA files: whatever their dialect, pairs of thin matrices by our names of the layers they change.
+"""LoRA files: what they add to which of our weights, whatever their dialect.
 
-W' = W + strength * alpha / rank * up @ down (Hu et al. 2021, arXiv:2106.09685). Read like weights: headers first, a
-pair only when its layer comes along.
+W' = W + strength * alpha / rank * up @ down (Hu et al. 2021, arXiv:2106.09685), or W' = W + strength * diff where a
+file holds the difference itself. Read like weights: headers first, a change only when its layer comes along. Every
+tensor of a file is accounted for: it changes a weight, is known to change none, or the file is refused.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint
-from wan.engine.weights.keymap import DIFFUSERS_DIT
+from wan.engine.weights.files import SAFETENSORS, read_metadata
+from wan.engine.weights.lora_names import FIRST, SECOND, Part, Target, flat, our_name, parts_of, target_of
 from wan.engine.weights.stream import WeightFile, open_weights
 
-__all__ = ["LoRAFile", "merged", "open_lora", "read_lora"]
+__all__ = ["Delta", "LoRAFile", "merged", "open_lora", "read_lora"]
 
-_PREFIX = re.compile(r"^((base_model|model|diffusion_model|transformer|unet|pipe|dit)\.)+")
-_SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
-# PEFT's lora_A and lora_B, with or without the adapter's name; lora_down and lora_up; older libraries' spellings.
-_PAIR = re.compile(
-    r"(?P<layer>.+?)(?:\.lora_(?P<side>A|B|down|up)(?:\.(?!weight$)\w+)?(?:\.weight)?"
-    r"|(?:\.|_)lora(?:_linear_layer)?\.(?P<old>down|up)\.weight)"
-)
-_KOHYA = re.compile(r"lora_unet__?blocks_(\d+)_(self_attn|cross_attn|ffn)_(\w+)")
-_DIFFUSERS = re.compile(r"blocks\.\d+\.(attn[12]|ffn\.net)\.|condition_embedder\.|proj_out$")
+METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's configuration, as JSON, in a file whose keys carry no alpha."""
+_PEFT = ("lora_alpha", "alpha_pattern", "use_rslora")
+_EXPERTS = {FIRST: "high", SECOND: "low"}
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Keys in the file of one layer's matrices, down [rank, in] and up [out, rank], and of its alpha."""
+class Delta:
+    """What is added to a tensor at strength 1: `scale` * up @ down, with down [rank, in] and up [out, rank], or `diff`.
 
-    down: str
-    up: str
-    alpha: str | None
+    Tensors have the dtype of the file.
+    """
+
+    down: Tensor | None = None
+    up: Tensor | None = None
+    scale: float = 1.0
+    diff: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        """The whole difference in float32; that of a pair is [out, in]."""
+        if self.down is None or self.up is None:
+            assert self.diff is not None, "a change is a pair or a difference"
+            return self.diff.float() * self.scale
+        return torch.mm(self.up.float(), self.down.float()) * self.scale
+
+    def to(self, device: torch.device) -> Delta:
+        """The same where it is needed; does not wait."""
+        moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.down, self.up, self.diff))
+        down, up, diff = moved
+        return Delta(down, up, self.scale, diff)
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one tensor is changed: `layer` as the file calls it, and the key of each part by role."""
+
+    layer: str
+    keys: Mapping[str, str]
 
 
 class LoRAFile:
-    """The pairs of a file by layer ("blocks.0.self_attn.q"). Only headers have been read."""
+    """The changes of a file. Only headers have been read."""
 
-    def __init__(self, weights: WeightFile, pairs: Mapping[str, Pair]) -> None:
+    def __init__(
+        self,
+        weights: WeightFile,
+        changes: Mapping[str, Mapping[Target, Change]],
+        alpha: Callable[[str, int], float],
+        without_effect: int = 0,
+    ) -> None:
+        """`changes` by the expert that the file gives them to, `alpha(layer, rank)` where no key says it."""
         self.path = weights.path
+        self.without_effect = without_effect
         self._weights = weights
         self._shapes = weights.shapes()
-        self._pairs = dict(pairs)
+        self._by_expert = {expert: dict(each) for expert, each in changes.items()}
+        self._changes = {target: change for each in changes.values() for target, change in each.items()}
+        self._alpha = alpha
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        return tuple(self._pairs)
+    def targets(self) -> frozenset[Target]:
+        """What is changed."""
+        return frozenset(self._changes)
+
+    def for_expert(self, name: str) -> LoRAFile:
+        """What the file changes of "dit", "high" or "low". Raises BadCheckpoint for two experts where there is one."""
+        if SECOND not in self._by_expert:
+            return self
+        if name not in _EXPERTS.values():
+            change = next(iter(self._by_expert[SECOND].values()))
+            raise BadCheckpoint(
+                f"LoRA {str(self.path)!r} changes {change.layer!r}: it is for a model of two experts, this has one"
+            )
+        kept = {expert: each for expert, each in self._by_expert.items() if _EXPERTS.get(expert, name) == name}
+        return LoRAFile(self._weights, kept, self._alpha, self.without_effect)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise BadCheckpoint naming the first layer that a model of these shapes lacks or has in another size."""
-        for layer, pair in self._pairs.items():
-            target = shapes.get(f"{layer}.weight")
-            if target is None:
-                raise self.lacking(layer)
-            down, up = self._shapes[pair.down], self._shapes[pair.up]
-            if (up[0], down[0], math.prod(down[1:])) != (target[0], up[1], math.prod(target[1:])):
-                raise BadCheckpoint(
-                    f"LoRA {str(self.path)!r} has {list(up)} x {list(down)} for {layer!r}, whose weight is "
-                    f"{list(target)}; it was made for a model of another size"
-                )
+        """Raise BadCheckpoint naming what a model of these shapes lacks or has in another size."""
+        known = {target_of(key): key for key in shapes}
+        lacking = [change.layer for target, change in self._changes.items() if target not in known]
+        if lacking:
+            raise self.lacking(lacking)
+        for target in self._changes:
+            self.shape(known[target], shapes[known[target]])
 
-    def lacking(self, layer: str) -> BadCheckpoint:
-        """What to raise where the model has no such layer."""
+    def lacking(self, layers: Sequence[str]) -> BadCheckpoint:
+        """What to raise where the model has no such layers."""
         return BadCheckpoint(
-            f"LoRA {str(self.path)!r} changes {layer!r}, which this transformer lacks; it was made for another model"
+            f"LoRA {str(self.path)!r} changes {_listed(layers)}, which this transformer lacks; it was made for another "
+            f"model ({len(layers)} of its {len(self._changes)} changes do not fit)"
         )
 
-    def added(self, key: str, tensor: Tensor, strength: float) -> Tensor:
-        """The weight `key` with its pair added, in float32; `tensor` itself where there is none."""
-        layer, _, kind = key.rpartition(".")
-        if kind != "weight" or layer not in self._pairs:
-            return tensor
-        return torch.add(tensor.float(), self.delta(layer).view(tensor.shape), alpha=strength)
+    def shape(self, key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of our weight `key` once it is changed: a convolution may get more input channels.
 
-    def delta(self, layer: str) -> Tensor:
-        """What is added to the layer's weight at strength 1, float32 [out, in]."""
-        pair = self._pairs[layer]
-        keys = [key for key in (pair.down, pair.up, pair.alpha) if key is not None]
-        read = dict(self._weights.stream(keys))
-        down, up = (read[key].float().flatten(1) for key in (pair.down, pair.up))
-        scale = 1.0 if pair.alpha is None else float(read[pair.alpha]) / len(down)
-        return torch.mm(up, down) * scale
+        Raises BadCheckpoint where the change does not fit.
+        """
+        change = self._changes.get(target_of(key))
+        if change is None:
+            return shape
+        stored = {role: self._shapes[name] for role, name in change.keys.items()}
+        found = stored.get("diff") or stored.get("up_bias")
+        if found is None:
+            found = _pair_shape(stored["down"], stored["up"], shape)
+        if found == shape or (len(shape) > 2 and len(found) == len(shape) and _is_wider(found, shape)):
+            return found
+        raise BadCheckpoint(
+            f"LoRA {str(self.path)!r} has {_said(stored)} for {change.layer!r}, whose {target_of(key).kind} is "
+            f"{list(shape)}; it was made for a model of another size"
+        )
+
+    def changes(self, key: str) -> bool:
+        """Whether our weight `key` is changed."""
+        return target_of(key) in self._changes
+
+    def added(self, key: str, tensor: Tensor, strength: float) -> Tensor:
+        """The weight `key` with its change added, in float32; `tensor` itself where there is none."""
+        if not self.changes(key):
+            return tensor
+        shape = self.shape(key, tuple(tensor.shape))
+        return torch.add(widened(tensor.float(), shape), self.delta(key).dense().view(shape), alpha=strength)
+
+    def delta(self, key: str) -> Delta:
+        """What is added to our weight `key`. Reads it."""
+        target = target_of(key)
+        keys = self._changes[target].keys
+        read = {stored: tensor for stored, tensor in self._weights.stream(keys.values())}
+        parts = {role: read[stored] for role, stored in keys.items()}
+        if "diff" in parts:
+            return Delta(diff=parts["diff"])
+        if "up_bias" in parts:
+            pair = self._changes[Target(target.layer, "weight")]
+            return Delta(diff=parts["up_bias"], scale=self._scale(pair))
+        down, up = parts["down"], parts["up"].flatten(1)
+        if "mid" in parts:
+            down = torch.einsum("rsk,si->rik", parts["mid"].flatten(2), down.flatten(1)).flatten(1)
+        return Delta(down=down.flatten(1), up=up, scale=self._scale(self._changes[target]))
+
+    def counts(self) -> str:
+        """What became of the file's tensors, in words."""
+        pairs = sum("down" in change.keys for change in self._changes.values())
+        tensors = sum(len(change.keys) for change in self._changes.values())
+        ignored = f", {self.without_effect} of no effect" if self.without_effect else ""
+        return f"{tensors} tensors used ({pairs} pairs, {len(self._changes) - pairs} differences){ignored}, 0 unknown"
+
+    def _scale(self, change: Change) -> float:
+        rank = self._shapes[change.keys["down"]][0]
+        if "alpha" in change.keys:
+            [(_, alpha)] = self._weights.stream([change.keys["alpha"]])
+            return float(alpha) / rank
+        return self._alpha(change.layer, rank) / rank
 
 
 def open_lora(path: Path) -> LoRAFile:
-    """The LoRA in a file (.safetensors, .pt, .ckpt). Raises BadCheckpoint naming the first key it cannot use."""
+    """The LoRA in a file (.safetensors, .pt, .ckpt). Raises BadCheckpoint naming the first keys it cannot use."""
     if not path.is_file():
         raise BadCheckpoint(f"LoRA {str(path)!r} does not exist; pass a .safetensors, .pt or .ckpt file")
-    lora, rest = read_lora(open_weights(path))
-    for key in rest.values():
+    lora, rest = read_lora(open_weights(path), _alphas(path))
+    if rest:
         raise BadCheckpoint(
-            f"LoRA {str(path)!r} holds {key!r}, which this version cannot merge: it reads pairs such as "
-            "lora_A and lora_B or lora_down and lora_up, and their alpha"
+            f"LoRA {str(path)!r} holds {_listed(list(rest.values()))} ({len(rest)} tensors), which it cannot use: "
+            "this version reads pairs such as lora_A and lora_B or lora_down and lora_up, their alpha, and diff, "
+            "diff_b, diff_m; convert other kinds (LoHa, LoKr, DoRA) with the tool that made them"
         )
+    if not lora.targets:
+        raise BadCheckpoint(f"LoRA {str(path)!r} is empty; download it again")
     return lora
 
 
-def read_lora(weights: WeightFile) -> tuple[LoRAFile, dict[str, str]]:
-    """The pairs of a file and what else it holds, key in the file by our name. Raises BadCheckpoint if a half lacks."""
-    path, shapes = weights.path, weights.shapes()
-    found: dict[str, dict[str, str]] = {}
-    rest: dict[str, str] = {}
-    for key, shape in shapes.items():
-        layer, _, last = key.rpartition(".")
-        if last == "alpha" and math.prod(shape) == 1:
-            found.setdefault(_ours(layer), {})["alpha"] = key
-            continue
-        match = _PAIR.fullmatch(key)
-        if match is None or len(shape) < 2:
-            rest[_ours(key)] = key
-            continue
-        found.setdefault(_ours(match["layer"]), {})[_SIDES[match["side"] or match["old"]]] = key
-    for layer, keys in found.items():
-        if missing := {"down", "up"} - keys.keys():
-            raise BadCheckpoint(f"LoRA {str(path)!r} has no {missing.pop()!r} matrix for {layer!r}; download it again")
-    if not found and not rest:
-        raise BadCheckpoint(f"LoRA {str(path)!r} is empty; download it again")
-    return LoRAFile(weights, {k: Pair(v["down"], v["up"], v.get("alpha")) for k, v in found.items()}), rest
+def read_lora(
+    weights: WeightFile, alpha: Callable[[str, int], float] = lambda layer, rank: float(rank)
+) -> tuple[LoRAFile, dict[str, str]]:
+    """The changes in a file and what else it holds, key in the file by our name. Raises BadCheckpoint if a half lacks.
+
+    `alpha(layer, rank)` counts where no key of the file says it.
+    """
+    parts, without_effect, unknown = parts_of(weights.shapes())
+    found: dict[str, dict[Target, Change]] = {}
+    for key, part in parts.items():
+        change = found.setdefault(part.expert, {}).setdefault(part.target, Change(part.layer, {}))
+        _add(change, part, key, weights.path)
+    experts = found if SECOND in found else {"": {t: c for each in found.values() for t, c in each.items()}}
+    for changes in experts.values():
+        for target, change in changes.items():
+            _check_whole(change, changes.get(Target(target.layer, "weight")), weights.path)
+    return LoRAFile(weights, experts, alpha, len(without_effect)), {our_name(key): key for key in unknown}
 
 
 def merged(
-    weights: Iterable[tuple[str, Tensor]], loras: Sequence[tuple[LoRAFile, float]]
+    weights: Iterable[tuple[str, Tensor]],
+    loras: Sequence[tuple[LoRAFile, float]],
+    told: Callable[[int, float], None] = lambda tensors, seconds: None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The stream of weights with every (LoRA, strength) added, in float32 where one acts: rounded once, by who stores.
 
-    One layer's pair is in memory at a time. Raises BadCheckpoint if a layer never comes.
+    One layer's change is in memory at a time. At the end `told` hears how many tensors were changed and the seconds it
+    took. Raises BadCheckpoint if a layer never comes.
     """
-    waiting = [set(lora.layers) for lora, _ in loras]
+    waiting = [set(lora.targets) for lora, _ in loras]
+    seconds = 0.0
     for key, tensor in weights:
-        layer, _, kind = key.rpartition(".")
-        for (lora, strength), layers in zip(loras, waiting, strict=True):
-            if kind == "weight" and layer in layers:
-                layers.remove(layer)
-                tensor = lora.added(key, tensor, strength)
+        started = time.perf_counter()
+        for (lora, strength), targets in zip(loras, waiting, strict=True):
+            targets.discard(target_of(key))
+            tensor = lora.added(key, tensor, strength)
+        seconds += time.perf_counter() - started
         yield key, tensor
         del tensor  # not kept alive while the next one is read
-    for (lora, _), layers in zip(loras, waiting, strict=True):
-        if layers:
-            raise lora.lacking(min(layers))
+    for (lora, _), targets in zip(loras, waiting, strict=True):
+        if targets:
+            raise lora.lacking(sorted(target.layer for target in targets))
+    told(len({target for lora, _ in loras for target in lora.targets}), seconds)
 
 
-def _ours(layer: str) -> str:
-    """Our name of a layer."""
-    if match := _KOHYA.fullmatch(layer):
-        return f"blocks.{match[1]}.{match[2]}.{match[3]}"
-    bare = _PREFIX.sub("", layer)
-    return DIFFUSERS_DIT.to_ours(bare) if _DIFFUSERS.match(bare) else bare
+def widened(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """`tensor` with zeros for the input channels that `shape` has more, which change nothing."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
+    more = torch.zeros(
+        tensor.shape[0], shape[1] - tensor.shape[1], *shape[2:], dtype=tensor.dtype, device=tensor.device
+    )
+    return torch.cat((tensor, more), 1)
+
+
+def _add(change: Change, part: Part, key: str, path: Path) -> None:
+    assert isinstance(change.keys, dict)
+    if part.role in change.keys:
+        raise BadCheckpoint(f"LoRA {str(path)!r} holds {key!r} twice, also as {change.keys[part.role]!r}")
+    change.keys[part.role] = key
+
+
+def _check_whole(change: Change, pair: Change | None, path: Path) -> None:
+    """Raise BadCheckpoint where a part lacks or two exclude each other."""
+    roles = change.keys.keys()
+    if roles == {"diff"} or (roles == {"up_bias"} and pair is not None and "down" in pair.keys):
+        return
+    if missing := [role for role in ("down", "up") if role not in roles]:
+        raise BadCheckpoint(f"LoRA {str(path)!r} has no {missing[0]!r} matrix for {change.layer!r}; download it again")
+    if "diff" in roles:
+        raise BadCheckpoint(f"LoRA {str(path)!r} has a pair and a difference for {change.layer!r}: it is damaged")
+
+
+def _pair_shape(down: Sequence[int], up: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of up @ down: that of the weight where the numbers agree, else what it looks like."""
+    columns = math.prod(down[1:])
+    if up[1] != down[0]:
+        return up[0], -1
+    if (up[0], columns) == (shape[0], math.prod(shape[1:])):
+        return shape
+    if len(down) == len(shape):
+        return up[0], *down[1:]
+    window = math.prod(shape[2:])
+    return (up[0], columns // window, *shape[2:]) if columns % window == 0 else (up[0], columns)
+
+
+def _is_wider(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return found[0] == shape[0] and found[2:] == shape[2:] and found[1] > shape[1]
+
+
+def _said(stored: Mapping[str, tuple[int, ...]]) -> str:
+    if "down" in stored:
+        return f"{list(stored['up'])} x {list(stored['down'])}"
+    return str(list(next(iter(stored.values()))))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
+
+
+def _alphas(path: Path) -> Callable[[str, int], float]:
+    """(layer, rank) -> its alpha by PEFT's configuration inside the file or beside it; the rank where there is none."""
+    stored = read_metadata(path).get(METADATA) if path.suffix in SAFETENSORS else None
+    beside = path.parent / "adapter_config.json"
+    try:
+        config: Any = json.loads(stored) if stored is not None else None
+        if config is None and path.stem == "adapter_model" and beside.is_file():
+            config = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadCheckpoint(f"LoRA {str(path)!r}: its PEFT configuration is no JSON ({error})") from error
+    if config is None:
+        return lambda layer, rank: float(rank)
+
+    def by_layer(layer: str, rank: int) -> float:
+        expert = SECOND if layer.startswith(f"{SECOND}.") else FIRST
+        said = {name: config.get(f"{expert}.{name}", config.get(name)) for name in _PEFT}
+        patterns = said["alpha_pattern"] or {}
+        alpha = next(
+            (value for name, value in patterns.items() if flat(layer).endswith(flat(name))), said["lora_alpha"]
+        )
+        if alpha is None:
+            return float(rank)
+        return float(alpha) * (math.sqrt(rank) if said["use_rslora"] else 1.0)
+
+    return by_layer

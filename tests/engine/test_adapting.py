@@ -1,0 +1,194 @@
+"""LoRAs at run time give what merging gives, leave every weight as it was, and come and go with blocks that visit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import wan
+from wan.engine.adapting import Adapted, LowRank
+from wan.engine.errors import BadCheckpoint, IncompatibleOptions
+from wan.engine.optimizations import Compile
+from wan.engine.weights.lora import open_lora
+
+SIZE: dict[str, Any] = {"sampling_steps": 2, "seed": 1, "offload_model": None, "guide_scale": 4.0}
+D = 48
+
+
+def write(path: Path, seed: int, rank: int, *, outside: bool = True) -> str:
+    """A LoRA of odd rank for the tiny model: pairs in both blocks, differences of what is no such layer."""
+    made = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=made) * 0.2
+
+    state = {}
+    for layer, (rows, columns) in {
+        "blocks.0.self_attn.q": (D, D), "blocks.1.self_attn.o": (D, D), "blocks.1.cross_attn.v": (D, D),
+        "blocks.0.ffn.0": (64, D), "blocks.1.ffn.2": (D, 64),
+    }.items():  # fmt: skip
+        state |= {f"{layer}.lora_down.weight": normal(rank, columns), f"{layer}.lora_up.weight": normal(rows, rank)}
+        state[f"{layer}.alpha"] = torch.tensor(rank / 2)
+    state |= {
+        "blocks.0.self_attn.q.diff_b": normal(D),
+        "blocks.1.norm3.diff": normal(D),
+        "blocks.0.diff_m": normal(1, 6, D),
+    }
+    if outside:
+        state |= {"text_embedding.2.diff_b": normal(D), "head.head.diff": normal(64, D)}
+        state |= {
+            "time_embedding.0.lora_down.weight": normal(rank, 32),
+            "time_embedding.0.lora_up.weight": normal(D, rank),
+        }
+    save_file({f"diffusion_model.{key}": value for key, value in state.items()}, str(path))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    return write(tmp_path / "a.safetensors", 1, 3), write(tmp_path / "b.safetensors", 2, 5, outside=False)
+
+
+def video(pipe: Any, **options: Any) -> Tensor:
+    made: Tensor | None = pipe.generate("a red bird", (32, 32), 1, **SIZE | options)
+    assert made is not None
+    return made
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"param_dtype": "bfloat16"}, 2e-2),
+        ({"compile": True, "use_batched_cfg": True}, 1e-5),
+        ({"block_swap": 1}, 1e-5),
+    ],
+    ids=str,
+)
+def test_every_mode_makes_the_video_that_merging_makes(
+    tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], tolerance: float,
+) -> None:  # fmt: skip
+    """Two LoRAs for both experts and one more for the low one, in float32 and bfloat16; the tolerance is that of
+    another order of summation, over two steps with guidance 4."""
+    monkeypatch.setattr(Compile, "backend", "eager")
+    a, b = files
+    chosen = {"lora": (a, f"{b}:-0.5"), "lora_low": (f"{b}:0.25",), **options}
+    pipes = {
+        mode: wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora_mode=mode, **chosen)
+        for mode in ("merge", "onthefly", "stream")
+    }
+    made = {mode: video(pipe) for mode, pipe in pipes.items()}
+    assert distance(made["onthefly"], made["merge"]) < tolerance
+    assert distance(made["stream"], made["merge"]) < tolerance
+    assert torch.equal(video(pipes["onthefly"]), made["onthefly"])
+    plain = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **options)
+    assert distance(video(plain), made["merge"]) > 5 * tolerance, "the LoRAs change the video"
+    for expert in ("high_noise_model", "low_noise_model"):
+        mine = {k.replace(".base.", "."): v for k, v in getattr(pipes["onthefly"], expert).state_dict().items()}
+        for key, value in getattr(plain, expert).state_dict().items():
+            assert torch.equal(mine[key], value), "no weight was changed"
+
+
+def test_strengths_change_by_the_step_and_one_expert_can_be_left_alone(
+    tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str]
+) -> None:
+    """Of two steps, one of each expert, a LoRA of the first half acts in the high-noise expert's alone."""
+    build = lambda **options: wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **options)  # noqa: E731
+    plain, both = video(build()), video(build(lora=files[0]))
+    high, low = video(build(lora_high=files[0])), video(build(lora_low=files[0]))
+    half = video(build(lora=f"{files[0]}:1@0-0.5"))
+    assert distance(half, high) < 1e-5
+    assert min(distance(x, y) for x in (plain, both, low) for y in (high,)) > 1e-4
+    assert distance(low, both) > 1e-4
+
+
+def test_what_embeds_the_text_follows_a_strength_that_changes_within_an_expert(
+    tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str]
+) -> None:
+    """Ranges that join are the whole: the text is embedded anew where the strength changes."""
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora_mode="onthefly")
+    a = files[0]
+    whole = video(pipe, lora=a, sampling_steps=4)
+    split = video(pipe, lora=(f"{a}:0.6", f"{a}:0.4@0-0.25", f"{a}:0.4@0.25-0.75", f"{a}:0.4@0.75-1"), sampling_steps=4)
+    other = video(pipe, lora=(f"{a}:0.6", f"{a}:0.4@0-0.75"), sampling_steps=4)
+    assert distance(split, whole) < 1e-5 < 1e-4 < distance(other, whole)
+
+
+def test_another_video_reads_only_files_that_are_new(
+    tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str]
+) -> None:
+    a, b = files
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=a, lora_mode="onthefly")
+    first = video(pipe)
+    adapted = pipe.engine.adapted["low"]
+    after_a = adapted.counts.tensors_read
+    assert after_a == 11
+    video(pipe, lora=(a, f"{b}:0.5"))
+    assert adapted.counts.tensors_read == after_a + 8
+    before = adapted.counts.misses
+    assert torch.equal(video(pipe, lora=f"{a}:1"), first)
+    assert torch.equal(video(pipe, lora=f"{a}:1"), first)
+    assert adapted.counts.tensors_read == after_a + 8
+    assert adapted.counts.misses == before + 5, "found on the device by every forward but the first"
+    plain = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu")
+    assert torch.equal(video(pipe, lora=()), video(plain))
+    merging = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=a)
+    with pytest.raises(IncompatibleOptions, match=r"generate\(lora=...\) cannot be changed for one call"):
+        video(merging, lora=b)
+
+
+class Two(nn.Module):
+    """Two blocks of one layer, as much of a transformer as `Adapted` asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.run_block = lambda block, x: block(x)
+
+    def all_blocks(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return x
+
+
+def test_matrices_of_a_block_that_visits_leave_with_it(tmp_path: Path) -> None:
+    state = {f"blocks.{n}.0.lora_{side}.weight": torch.eye(4) for n in range(2) for side in "AB"}
+    save_file(state, str(tmp_path / "x.safetensors"))
+    net = Two()
+    visiting = net.blocks[1]
+    adapted = Adapted(net, torch.device("cpu"), dense=False, visits=lambda block: block is visiting)
+    adapted.load([open_lora(tmp_path / "x.safetensors")])
+    for _ in range(3):
+        with adapted.at((0.5,)):
+            net(torch.ones(1, 4))
+    thin = [block[0].thin for block in net.blocks]  # type: ignore[index]
+    assert isinstance(net.blocks[0][0], LowRank)  # type: ignore[index]
+    assert [each.down is None for each in thin] == [False, True]
+    assert (adapted.counts.hits, adapted.counts.misses) == (2, 4)
+    adapted.leave()
+    assert all(each.down is None for each in thin)
+
+
+def test_a_file_of_another_model_is_refused_also_for_one_video(
+    tiny_checkpoint: Path, tiny_config: Any, tmp_path: Path
+) -> None:
+    save_file({"blocks.7.ffn.0.diff_b": torch.zeros(64)}, str(tmp_path / "x.safetensors"))
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora_mode="onthefly")
+    with pytest.raises(BadCheckpoint, match=r"'blocks.7.ffn.0', which this transformer lacks"):
+        video(pipe, lora=str(tmp_path / "x.safetensors"))
+    save_file({"patch_embedding.diff": torch.zeros(D, 36, 1, 2, 2)}, str(tmp_path / "wide.safetensors"))
+    with pytest.raises(BadCheckpoint, match=r"'patch_embedding.weight' 36 input channels, this model has 16"):
+        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=str(tmp_path / "wide.safetensors"))
