@@ -36,11 +36,10 @@ class WanAnimate(WanPipeline):
         dit_fsdp: bool = False, use_sp: bool = False, t5_cpu: bool = False, init_on_cpu: bool = True,
         convert_model_dtype: bool = False, use_relighting_lora: bool = False, **extras: Any,
     ) -> None:  # fmt: skip
+        self._light: tuple[str, ...] = (relighting_lora(config, checkpoint_dir),) if use_relighting_lora else ()
         if use_relighting_lora:
             plan = extras.get("optimizations")
-            given = extras.get("lora") or (plan.get(LoRA).lora if plan is not None else ())
-            others = (given,) if isinstance(given, str) else given
-            extras["lora"] = (relighting_lora(config, checkpoint_dir), *others)
+            extras["lora"] = self._lit(extras.get("lora") or (plan.get(LoRA).lora if plan is not None else ()))
         super().__init__(
             config, checkpoint_dir, device_id, rank, t5_fsdp, dit_fsdp, use_sp, t5_cpu, init_on_cpu,
             convert_model_dtype, **extras,
@@ -83,7 +82,13 @@ class WanAnimate(WanPipeline):
             guide_scale=scale_pair(guide_scale), seed=resolve_seed(seed), noise_device=noise_device,
             inputs=AnimateInputs(sources=sources, clip_len=clip_len, overlap=refert_num),
         )  # fmt: skip
+        if "lora" in extras:
+            extras["lora"] = self._lit(extras["lora"])
         return self.run(request, offload_model=offload_model, **extras)
+
+    def _lit(self, others: str | Sequence[str]) -> tuple[str, ...]:
+        """The LoRAs of the constructor or of a call, with the one for light where it was asked for."""
+        return *self._light, *((others,) if isinstance(others, str) else others)
 
     @property
     def noise_model(self) -> nn.Module:
