@@ -77,6 +77,10 @@ def test_a_flag_wins_also_one_that_says_the_same_otherwise(program: Any) -> None
             {"WIDTH": "1000", "HEIGHT": "600"},
             r"--size .1000\*600.*; --size is WIDTH=1000 HEIGHT=600 in the environment",
         ),
+        (
+            {"WAN_LORA_STREAMING": "1", "WAN_LORA_ONTHEFLY": "true"},
+            "WAN_LORA_STREAMING=1 in the environment and WAN_LORA_ONTHEFLY=true in the environment contradict",
+        ),
         ({"WAN_TORCH_COMPILE": "perhaps"}, "WAN_TORCH_COMPILE='perhaps' in the environment: give True or False"),
         ({"MOTION_FRAME": "9"}, "--refert_num: t2v-1.3B has no use for it.*; --refert_num is MOTION_FRAME=9 in the"),
     ],

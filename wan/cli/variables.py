@@ -46,6 +46,11 @@ def _size(width: str, height: str) -> str:
     return f"{_count(width)}*{_count(height)}"
 
 
+def _mode(name: str) -> Callable[[str], str | None]:
+    """Reads a switch that chooses `name`; off, it says nothing."""
+    return lambda text: name if str2bool(text) else None
+
+
 COUNT = "a whole number above 0"
 
 VARIABLES = (
@@ -55,6 +60,9 @@ VARIABLES = (
     Variable(("MAX_FRAMES",), "frame_num", _frames, COUNT, rivals=("duration",)),
     Variable(("MOTION_FRAME",), "refert_num", _count, COUNT),
     Variable(("WAN_TORCH_COMPILE",), "compile", str2bool, "True or False"),
+    Variable(("WAN_LORA_STREAMING",), "lora_mode", _mode("stream"), "True or False"),
+    Variable(("WAN_LORA_ONTHEFLY",), "lora_mode", _mode("onthefly"), "True or False"),
+    Variable(("WAN_LORA_TIMING",), "lora_timing", str2bool, "True or False"),
 )
 
 
@@ -70,6 +78,11 @@ def fill(args: argparse.Namespace, environment: Mapping[str, str]) -> list[str]:
         if not given:
             continue
         value, said = _read(variable, given), " ".join(f"{name}={text}" for name, text in given.items())
+        if value is None:
+            continue
+        if variable.dest in taken:
+            both = " and ".join(f"{text} in the environment" for text in (taken[variable.dest], said))
+            raise BadRequest(f"{both} contradict each other: unset one")
         flag = next((dest for dest in (variable.dest, *variable.rivals, *RECORDED) if _is_set(args, dest)), None)
         if flag is not None:
             lines.append(f"{said} in the environment is not used: --{flag.rstrip('_')} says it")
