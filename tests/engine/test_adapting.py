@@ -141,7 +141,8 @@ def test_another_video_reads_only_files_that_are_new(
     assert adapted.counts.tensors_read == after_a + 8
     assert adapted.counts.misses == before + 5, "found on the device by every forward but the first"
     plain = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu")
-    assert torch.equal(video(pipe, lora=()), video(plain))
+    # A layer that may be adapted is not fused with what follows it.
+    assert (video(pipe, lora=()) - video(plain)).abs().max() < 1e-4
     merging = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=a)
     with pytest.raises(IncompatibleOptions, match=r"generate\(lora=...\) cannot be changed for one call"):
         video(merging, lora=b)

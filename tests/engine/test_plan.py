@@ -174,6 +174,8 @@ def toggled(o: Any) -> tuple[list[str], Any]:
             return [o.off[0]], False
         return ([o.flags[0], "True"] if o.takes_bool else [o.flags[0]]), True
     kinds = get_args(o.type) or (o.type,)
+    if o.default == ():
+        return [o.flags[0], "3"], ("3",)
     kind = next(kind for kind in (int, float, str) if kind in kinds)
     return [o.flags[0], "3"], kind("3")
 

@@ -261,7 +261,7 @@ def test_relighting_lora_is_merged_and_goes_with_others(
     state = torch.load(checkpoint / config.lora_checkpoint)["state_dict"]
     other = {"blocks.1.ffn.0.lora_A.weight": torch.randn(2, 48), "blocks.1.ffn.0.lora_B.weight": torch.randn(64, 2)}
     save_file(other, str(tmp_path / "other.safetensors"))
-    for extra in ({}, {"lora": f"{tmp_path / 'other.safetensors'}@0.5"}):
+    for extra in ({}, {"lora": f"{tmp_path / 'other.safetensors'}:0.5"}):
         lit = wan.WanAnimate(config, str(checkpoint), device="cpu", use_relighting_lora=True, **extra)
         merged = lit.model.state_dict()
         for layer in ("blocks.0.self_attn.q", "blocks.1.ffn.0"):
