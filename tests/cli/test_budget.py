@@ -134,3 +134,12 @@ def test_advice_for_lack_of_memory_names_every_option_that_is_off_and_none_that_
     on = {"offload_model": True, "vae_tiling": True, "t5_cpu": True, "block_swap": 4, "ffn_rows": 8192}
     some = memory_advice(Plan.of(registry(), on, reasons={"block_swap": "budget: else 20 GB"}))
     assert some == "try a smaller --vram_budget, --vae_cpu, --convert_model_dtype, a smaller --size, fewer --frame_num"
+
+
+@pytest.mark.parametrize("count", ["-1", "99"])
+def test_a_number_of_swapped_blocks_that_there_are_not_is_refused(
+    count: str, capsys: pytest.CaptureFixture[str], tmp_path: Any
+) -> None:
+    command = ["--task", "t2v-1.3B", "--load_format", "dummy", "--device", "cpu", "--block_swap", count]
+    assert main([*command, "--prompt", "a bird", "--save_file", f"{tmp_path}/"]) == 2
+    assert f"--block_swap {count}" in capsys.readouterr().err
