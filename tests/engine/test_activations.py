@@ -20,6 +20,7 @@ from wan.engine.optimizations import AttentionRows, FFNRows
 from wan.engine.types import Condition, Step
 from wan.modules.building import build_dit
 from wan.modules.model import WanModel
+from wan.modules.vace_model import VaceCondition
 
 Sizes = dict[str, int]
 SMALL: Sizes = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12}
@@ -103,3 +104,20 @@ def test_the_peak_does_not_depend_on_the_number_of_blocks() -> None:
     shape = (16, 21, 30, 52)
     one, four = (counted(sizes, shape, layers=layers) for layers in (1, 4))
     assert four == one
+
+
+def test_a_side_stack_holds_two_more_streams_and_its_input() -> None:
+    """VACE's first side block: the tokens it was given, those it makes, and the control in the blocks' dtype."""
+    sizes, shape, _ = CASES["1.3B 480p"]
+    side = {"num_layers": 2, "text_len": 512, "model_type": "vace", "vace_layers": [0, 1], "vace_in_dim": 96}
+    with torch.device("meta"):
+        dit = build_dit({**sizes, **side}).requires_grad_(False)
+        for name, parameter in dit.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if WanModel.float32_keys(name) else torch.bfloat16)
+        dit.trunk = Forwards({}).counting(dit.trunk, give_away=True)
+        text, control = torch.empty(1, 512, 4096, dtype=torch.bfloat16), torch.empty(1, 96, *shape[1:])
+        condition = VaceCondition(context=text, control=control, control_scale=torch.empty(1))
+        latents, step = torch.empty(1, *shape), Step(0, 1, 500.0, 0.5, 0.0)
+        found = peak_live_bytes(lambda: dit.velocity(latents, torch.empty(1), condition, step))
+    n = tokens(shape) * sizes["dim"]
+    assert found == pytest.approx(predicted(sizes, shape, streams=3) + 2 * n, rel=0.04)
