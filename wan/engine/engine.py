@@ -19,6 +19,7 @@ from wan.engine.adapting import Adapted
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.monitor import Silent
+from wan.engine.ops.float8 import Float8Linear
 from wan.engine.placement import Placement, Policy
 from wan.engine.plan import Optimization, Plan
 from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, SegmentWrapper, TrunkWrapper
@@ -191,9 +192,12 @@ class Engine:
         self.progress.stage(f"load {name}")
         active = list(self.plan.enabled())
         with torch.inference_mode(False), torch.no_grad():
-            module = on_meta(component, active)
+            module = component.build()
+            _declare_dtypes(module, component)
+            weights = component.weights(module)  # before the module takes another form than the file's
+            for optimization in active:
+                optimization.convert(module, name)
             dtypes = {key: value.dtype for key, value in module.state_dict().items()}
-            weights = component.weights(module)
             for optimization in active:
                 weights = optimization.transform(weights, name)
             homes: dict[str, Tensor | torch.device] = {}
@@ -259,9 +263,10 @@ def _declare_dtypes(module: nn.Module, component: Component) -> None:
 
 
 def main_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype most of a module's floating parameters have."""
+    """The dtype most of a module's floating parameters have, or are made in where they are kept in 8 bits."""
     count: Counter[torch.dtype] = Counter()
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            count[parameter.dtype] += parameter.numel()
+    for layer in module.modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.is_floating_point():
+                count[layer.dtype if isinstance(layer, Float8Linear) else parameter.dtype] += parameter.numel()
     return count.most_common(1)[0][0]

@@ -1,7 +1,7 @@
 """ComfyUI's `models` folder: single files for all programs and models, so the right ones are found by their keys.
 
 Two experts differ in their file names alone (`high_noise`, `low_noise`). Where several files would do, the user
-chooses; where only a quantised one would, the error says so.
+chooses; a file in 8 bits is taken where there is no other, and where only GGUF or 4 bits would do, the error says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from wan.engine.errors import BadCheckpoint
 from wan.engine.weights import dialects
 from wan.engine.weights.dialects import CLIP, DIT, TEXT_ENCODER, VAE
 from wan.engine.weights.files import SAFETENSORS, SHARD
+from wan.engine.weights.quantised import is_float8
 from wan.engine.weights.stream import open_weights
 from wan.layouts.models import Model, Shapes, is_umt5, model_of
 
@@ -40,11 +41,12 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A file that could be a part: its shapes, or why it cannot be used."""
+    """A file that could be a part: its shapes and whether its weights are in 8 bits, or why it cannot be used."""
 
     path: Path
     shapes: Shapes = field(default_factory=dict)
     refused: str = ""
+    float8: bool = False
 
     @property
     def model(self) -> Model | None:
@@ -99,12 +101,11 @@ def _candidate(path: Path, network: str) -> list[Candidate]:
     named = dialects.identify(weights.shapes())
     if named is None or named[0] != network:
         return []
-    shapes = weights.renamed(named[1]).shapes()
     try:
-        dialects.refuse_quantised(weights)
+        shapes = dialects.under_our_names(weights, named[1]).shapes()
     except BadCheckpoint as error:
-        return [Candidate(path=path, shapes=shapes, refused=str(error))]
-    return [Candidate(path=path, shapes=shapes)]
+        return [Candidate(path=path, shapes=weights.renamed(named[1]).shapes(), refused=str(error))]
+    return [Candidate(path=path, shapes=shapes, float8=is_float8(weights))]
 
 
 def _is(candidate: Candidate, wanted: Wanted) -> bool:
@@ -131,6 +132,7 @@ def _only(found: list[Candidate], part: str, root: Path) -> Path | None:
     """The one file to use. Raises BadCheckpoint where there are several, or none but refused ones."""
     network = part if part in _NAMED else DIT
     usable = [each for each in found if not each.refused]
+    usable = [each for each in usable if not each.float8] or usable
     if len(usable) > 1:
         named = [each for each in usable if _NAMED[network] in each.path.name.lower()]
         usable = named if len(named) == 1 else usable

@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.engine.ops.float8 import Float8Linear, quantize_rows
 from wan.engine.ops.rows import may_write
 
 
 def project(x: Tensor, *layers: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-    """What every layer makes of `x`, in order."""
+    """What every layer makes of `x`, in order. Layers that multiply in 8 bits share one quantised `x`."""
+    scaled = [layer for layer in layers if isinstance(layer, Float8Linear) and layer.scaled]
+    if len(scaled) == len(layers):
+        codes, scale = quantize_rows(x)
+        return tuple(layer.product(codes, scale, x.dtype) for layer in scaled)
     return tuple(layer(x) for layer in layers)
 
 

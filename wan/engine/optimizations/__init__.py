@@ -9,6 +9,7 @@ from wan.engine.optimizations.block_swap import BlockSwap
 from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.context_windows import ContextWindows
 from wan.engine.optimizations.dtype import Precision
+from wan.engine.optimizations.fp8 import FP8, T5FP8
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministic
@@ -25,9 +26,9 @@ from wan.engine.plan import Optimization
 
 __all__ = [
     "APG", "Attention", "AttentionRows", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile",
-    "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FreSca", "GuidanceRescale",
-    "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "TF32", "VAECPU",
-    "VAEPrecision", "VAETiling", "registry",
+    "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
+    "GuidanceRescale", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5",
+    "T5CPU", "T5FP8", "TF32", "VAECPU", "VAEPrecision", "VAETiling", "registry",
 ]  # fmt: skip
 
 

@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
-
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.adapter import base_of, open_adapted
 from wan.engine.weights.animate_names import diffusers_animate
@@ -24,6 +22,7 @@ from wan.engine.weights.keymap import (
     diffusers_vae,
     diffusers_vae22,
 )
+from wan.engine.weights.quantised import QuantisedFile, is_float8, refuse_packed
 from wan.engine.weights.recut import RecutFile
 from wan.engine.weights.stream import WeightFile, open_weights
 
@@ -84,9 +83,6 @@ _NETWORKS: tuple[tuple[str, str, Callable[[str, list[str]], Dialect]], ...] = (
 )
 """Network, what its blocks are called (after a prefix), and the dialect that speaks so."""
 
-_QUANTISED = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8}
-_SCALE = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|\w*weight_scale(_2)?|\w*input_scale|comfy_quant)$")
-
 
 def identify(keys: Iterable[str]) -> tuple[str, Dialect] | None:
     """(network, dialect) of a file with these keys; None where it is no network of Wan's."""
@@ -102,7 +98,7 @@ def identify(keys: Iterable[str]) -> tuple[str, Dialect] | None:
 def open_network(path: Path, network: str) -> WeightFile:
     """The weights of `network` under our names. Reads headers alone.
 
-    Raises BadCheckpoint naming the file when it cannot be read, holds another network, or quantised weights.
+    Raises BadCheckpoint naming the file when it cannot be read, holds another network, or weights in 4 bits or int8.
     """
     base = base_of(path)
     if base is not None:
@@ -114,22 +110,12 @@ def open_network(path: Path, network: str) -> WeightFile:
         raise BadCheckpoint(f"{str(path)!r} is no {CALLED[network]}: its first weight is {first!r}")
     if found[0] != network:
         raise BadCheckpoint(f"{str(path)!r} is a {CALLED[found[0]]}, not a {CALLED[network]}")
-    refuse_quantised(weights)
-    renamed = weights.renamed(found[1])
-    return renamed if found[1].recut is None else RecutFile(renamed, found[1].recut)
+    return under_our_names(weights, found[1])
 
 
-def refuse_quantised(weights: WeightFile) -> None:
-    """Raise BadCheckpoint, saying which kind it is, if `weights` are fp8, int8 or packed 4-bit numbers."""
-    dtypes = {key: dtype for key, dtype in weights.dtypes().items() if key != SPIECE}
-    scale = next((key for key in dtypes if _SCALE.search(key)), None)
-    odd = next((key for key, dtype in dtypes.items() if dtype in _QUANTISED and not _SCALE.search(key)), None)
-    if odd is None and scale is None:
-        return
-    kind = "fp8" if odd is None or "float8" in str(dtypes[odd]) else str(dtypes[odd]).removeprefix("torch.")
-    seen = [f"{odd!r} is {str(dtypes[odd]).removeprefix('torch.')}"] if odd is not None else []
-    seen += [f"scales such as {scale!r}"] if scale is not None else []
-    raise BadCheckpoint(
-        f"{str(weights.path)!r} is a quantised {kind} file ({', '.join(seen)}), which this version cannot use; pass "
-        "the bf16 or fp16 file of the same model"
-    )
+def under_our_names(weights: WeightFile, dialect: Dialect) -> WeightFile:
+    """A file in our names, shapes and cut, its 8-bit weights with their scales. Raises BadCheckpoint for 4 bits."""
+    refuse_packed(weights, spare=(SPIECE,))
+    renamed = weights.renamed(dialect)
+    whole = QuantisedFile(renamed) if is_float8(renamed) else renamed
+    return whole if dialect.recut is None else RecutFile(whole, dialect.recut)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.ops.float8 import Coded, Float8Linear, quantize_weight
 from wan.engine.weights.files import SHARD, Entry, read_header, read_index, shards_of, truncated
 from wan.engine.weights.keymap import Dialect
 
@@ -133,9 +134,10 @@ def load_into(
     """Make the tensors of `weights` the parameters and buffers of `module`, which is on the meta device.
 
     `dtype` gives the storage dtype of a key (None: as it comes; only floating tensors are converted), `place` where
-    it lands: a device, or the very tensor it is written into. Raises one BadCheckpoint naming every kind of key that
-    does not fit.
+    it lands: a device, or the very tensor it is written into. Weights of layers that keep 8 bits are quantised on the
+    way. Raises one BadCheckpoint naming every kind of key that does not fit.
     """
+    float8 = {f"{name}.weight" for name, layer in module.named_modules() if isinstance(layer, Float8Linear)}
     expected = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
     found: dict[str, Tensor] = {}
     unexpected: list[str] = []
@@ -146,7 +148,8 @@ def load_into(
         elif expected[key] != tuple(tensor.shape):
             misshaped.append(_misshaped(key, tensor.shape, expected[key]))
         else:
-            found[key] = _settle(tensor, dtype(key), place(key, tensor))
+            for part, value in _stored(key, tensor, float8, place).items():
+                found[part] = _settle(value, dtype(part), place(part, value))
         del tensor  # not kept alive while the next one is read
     missing = [key for key in expected if key not in found and not any(m.startswith(f"{key} ") for m in misshaped)]
     if faults := _faults(missing=missing, unexpected=unexpected, misshaped=misshaped):
@@ -164,8 +167,12 @@ def dummy_weights(module: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
     Matrices and kernels are normal with variance 1 / fan-in, modulation with 1 / D; norm weights are 1, biases 0.
     The same seed and key always give the same numbers.
     """
+    return _dummies(module.state_dict(), seed)
+
+
+def _dummies(table: Mapping[str, Tensor], seed: int) -> Iterator[tuple[str, Tensor]]:
     pool = torch.randn(DUMMY_POOL, generator=torch.Generator().manual_seed(seed))
-    for key, tensor in module.state_dict().items():
+    for key, tensor in table.items():
         value = torch.zeros(tensor.shape, dtype=tensor.dtype)
         if tensor.is_floating_point():
             spread = _dummy_deviation(key, tensor.shape)
@@ -199,11 +206,23 @@ def _buffer(num_bytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=torch.uint8)
 
 
+def _stored(
+    key: str, tensor: Tensor, float8: Container[str], place: Callable[[str, Tensor], torch.device | Tensor]
+) -> dict[str, Tensor]:
+    """What is stored for one tensor that was read: itself, or its codes and scales."""
+    if key not in float8:
+        return {key: tensor}
+    where = place(key, tensor)
+    device = where.device if isinstance(where, Tensor) else where
+    codes, scale = quantize_weight(tensor.on(device) if isinstance(tensor, Coded) else tensor.to(device))
+    return {key: codes, f"{key}_scale": scale}
+
+
 def _settle(tensor: Tensor, dtype: torch.dtype | None, where: torch.device | Tensor) -> Tensor:
     if isinstance(where, Tensor):
         return where.copy_(tensor)
     # To the device first: a GPU converts much faster than the CPU. What stays in place is not copied at all.
-    moved = tensor.to(where)
+    moved = tensor.on(where).numbers() if isinstance(tensor, Coded) else tensor.to(where)
     return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
 
