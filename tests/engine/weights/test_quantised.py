@@ -1,4 +1,4 @@
-"""Files in every public 8-bit dialect read as the numbers they stand for, are held without loss, and faults are named."""
+"""Files in every public 8-bit dialect read as the numbers they stand for, and are held so; faults are named."""
 
 from __future__ import annotations
 
