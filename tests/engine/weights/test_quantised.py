@@ -26,7 +26,7 @@ NOTE = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtyp
 ONE = torch.tensor(0.25)
 DIALECTS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
     "Kijai": ({"scaled_fp8": torch.zeros(2).to(E4M3), f"{LAYER}.scale_weight": ONE.bfloat16()[None]}, ONE),
-    "ComfyUI": ({f"{LAYER}.weight_scale": ONE, f"{LAYER}.input_scale": ONE, f"{LAYER}.comfy_quant": NOTE}, ONE),
+    "ComfyUI": ({f"{LAYER}.weight_scale": ONE, f"{LAYER}.input_scale": ONE.clone(), f"{LAYER}.comfy_quant": NOTE}, ONE),
     "LightX2V": ({f"{LAYER}.weight_scale": ROWS}, ROWS),
     "rows without a second dim": ({f"{LAYER}.weight_scale": ROWS[:, 0].clone()}, ROWS),
     "cast": ({}, torch.tensor(1.0)),
@@ -71,7 +71,7 @@ def test_every_dialect_reads_as_codes_times_scales_and_is_held_as_it_is(tmp_path
     [
         ({f"{LAYER}.weight_scale": torch.ones(5, 1)}, r"q\.weight_scale' is \[5, 1\], neither one number nor one for"),
         ({f"{LAYER}.weight_scale": torch.ones(6, 2)}, r"is \[6, 2\], neither"),
-        ({f"{LAYER}.weight_scale": ONE, f"{LAYER}.scale_weight": ONE}, "second scale beside"),
+        ({f"{LAYER}.weight_scale": ONE, f"{LAYER}.scale_weight": ONE.clone()}, "second scale beside"),
         ({"blocks.9.ffn.0.scale_weight": ONE}, r"scale of 'blocks\.9\.ffn\.0\.weight', which the file lacks"),
         ({f"{LAYER}.scale_weight": torch.zeros(1)}, "zero, negative or not finite"),
         ({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}, "zero, negative or not finite"),
