@@ -75,7 +75,7 @@ def test_every_dialect_reads_as_codes_times_scales_and_is_held_as_it_is(tmp_path
         ({"blocks.9.ffn.0.scale_weight": ONE}, r"scale of 'blocks\.9\.ffn\.0\.weight', which the file lacks"),
         ({f"{LAYER}.scale_weight": torch.zeros(1)}, "zero, negative or not finite"),
         ({f"{LAYER}.scale_weight": torch.tensor(float("nan"))}, "zero, negative or not finite"),
-        ({"blocks.0.ffn.2.scale_weight": ONE}, "is not 1 and its weight torch.bfloat16"),
+        ({"blocks.0.ffn.2.scale_weight": ONE}, "is not 1, and its weight is torch.bfloat16"),
         ({f"{LAYER}.weight_scale_2": ONE}, "quantised float32 file"),
     ],
 )
