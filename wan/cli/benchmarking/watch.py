@@ -79,7 +79,7 @@ class Watch:
                 kind = name.rpartition(".")[2]
                 if kind in PARTS:
                     # Blocks call `forward` itself, which hooks do not see.
-                    module.forward = _timed(module.forward, kind, now, marks)  # type: ignore[method-assign]
+                    module.forward = _timed(module.forward, kind, now, marks)
                     hooks.callback(delattr, module, "forward")
             begin = now()
             yield
