@@ -210,4 +210,4 @@ def test_stereo_sounds_and_portraits_work(talk: list[str]) -> None:
     record("stereo.wav", torch.stack([tone(0.4), 0 * tone(0.4)]))
     given = changed(talk, "--image", "tall.png", "--audio", "stereo.wav", "--size", "128*64", "--sample_steps", "1")
     assert main([*given, "--save_file", "tall.mp4"]) == 0
-    assert verify_video("tall.mp4")[:3] == (4, 64, 128)
+    assert verify_video("tall.mp4")[:3] == (5, 64, 128)

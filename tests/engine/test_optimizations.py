@@ -33,7 +33,8 @@ CPU = Hardware(device=torch.device("cpu"), name="CPU")
 Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
-    "tf32": None, "convert_model_dtype": False, "param_dtype": None, "attention": "sdpa", "compile": False,
+    "tf32": None, "bf16_reduced_precision": None, "convert_model_dtype": False, "param_dtype": None,
+    "attention": "sdpa", "compile": False,
     "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
     "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
     "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,
@@ -105,6 +106,7 @@ def process() -> Settings:
     return {
         "matmul": torch.backends.cuda.matmul.allow_tf32,
         "convolution": torch.backends.cudnn.allow_tf32,
+        "sums": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "benchmark": torch.backends.cudnn.benchmark,
         "cudnn": torch.backends.cudnn.deterministic,
         "strict": torch.are_deterministic_algorithms_enabled(),

@@ -12,7 +12,7 @@ from wan.engine.optimizations.dtype import Precision
 from wan.engine.optimizations.fp8 import FP8, T5FP8
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.lora import LoRA
-from wan.engine.optimizations.numerics import TF32, CudnnBenchmark, Deterministic
+from wan.engine.optimizations.numerics import TF32, BF16Reduction, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.riflex import RIFLEx
 from wan.engine.optimizations.row_chunks import AttentionRows, FFNRows
@@ -25,8 +25,8 @@ from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
 
 __all__ = [
-    "APG", "Attention", "AttentionRows", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar", "Compile",
-    "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
+    "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
+    "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
     "GuidanceRescale", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5",
     "T5CPU", "T5FP8", "TF32", "VAECPU", "VAEPrecision", "VAETiling", "registry",
 ]  # fmt: skip

@@ -56,6 +56,29 @@ class TF32(Optimization):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BF16Reduction(Optimization):
+    """Let matrix products in bfloat16 add up parts of a sum in bfloat16, where cuBLAS splits one.
+
+    Not set, PyTorch's setting is left alone, as the original code does: allowed. Off keeps every sum in float32.
+    Source: docs.pytorch.org, "CUDA semantics", reduced precision reduction in BF16 GEMMs.
+    """
+
+    order = Order.RUNTIME
+    grade = "rounding"
+    tolerance = 1e-2
+    bf16_reduced_precision: bool | None = option(None, "bfloat16 products on the GPU may add up parts in bfloat16")
+
+    @property
+    def enabled(self) -> bool:
+        return self.bf16_reduced_precision is not None
+
+    def apply(self, engine: Engine) -> None:
+        matmul = torch.backends.cuda.matmul
+        allowed = "allow_bf16_reduced_precision_reduction", bool(self.bf16_reduced_precision)
+        engine.during_run(partial(_holding, (matmul, *allowed)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class CudnnBenchmark(Optimization):
     """Let cuDNN time its algorithms for every new shape of a convolution and keep the fastest: those of the VAE.
 
