@@ -15,7 +15,7 @@ from wan.engine.errors import BadCheckpoint
 from wan.engine.types import Component
 from wan.engine.weights.dialects import CLIP, DIT, SPIECE, TEXT_ENCODER, VAE, open_network
 from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
-from wan.layouts import CheckpointFiles, Places, locate
+from wan.layouts import CheckpointFiles, Places, experts_of, locate
 from wan.layouts.models import Shapes, model_of
 from wan.modules.building import build_dit
 from wan.modules.clip import ImageTower, build_clip
@@ -206,7 +206,7 @@ class Network:
     def _own(self) -> nn.Module:
         """A module that nobody else has: for the first who asks, the one that was checked."""
         kept: nn.Module | None = self.__dict__.pop("_kept", None)
-        return kept or self.module()
+        return self.module() if kept is None else kept
 
     @property
     def has_spiece(self) -> bool:
@@ -220,7 +220,7 @@ class Network:
 
 def dummy_components(config: Any) -> list[Component]:
     """The networks of a task in their real sizes with random weights: anything can be run and timed, nothing loaded."""
-    names = ("high", "low") if "low_noise_checkpoint" in config else ("dit",)
+    names = experts_of(config)
     channels = config.get("z_dim", 16)
     fields = {key: config[key] for key in ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_len", "eps")}
     text_sizes, vae_sizes = config.get("t5_sizes", {}), config.get("vae_sizes", {})

@@ -33,8 +33,11 @@ SMALL = Transformer(
     dim=1536, ffn_dim=8960, num_heads=12, num_blocks=30, in_channels=16, num_bytes=2_840_000_000,
     block_bytes=93_000_000, **SHARED,
 )  # fmt: skip
-VAE_2_1 = VAE(num_bytes=507_000_000)
-VAE_2_2 = VAE(num_bytes=2_820_000_000, z_dim=48, encoder_dim=160, decoder_dim=256, patch_size=2, grouped=True)
+VAE_2_1 = VAE(num_bytes=507_000_000, **vars(VAEConfig()))
+VAE_2_2 = VAE(
+    num_bytes=2_820_000_000,
+    **vars(VAEConfig(z_dim=48, encoder_dim=160, decoder_dim=256, patch_size=2, grouped=True)),
+)
 
 
 @pytest.mark.parametrize(

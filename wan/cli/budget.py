@@ -12,8 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
-from wan.components import Checkpoint, dummy_components
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.plan import Plan, options
@@ -152,17 +152,12 @@ def models_for(wanted: Wanted, plan: Plan) -> Models:
 def _models(task: str, folder: Path | None, files: CheckpointFiles | None, remote: bool, dtype: str | None) -> Models:
     import torch
 
-    from wan.configs import WAN_CONFIGS
-
-    config = WAN_CONFIGS[task]
-    components = dummy_components(config)
-    if folder is not None or files is not None:
-        kind = config.get("model_type", task.partition("-")[0].replace("t2i", "t2v"))
-        try:
-            components = Checkpoint(folder, config, files, kind).components()
-        except BadCheckpoint:
-            if not remote:
-                raise
+    try:
+        components = components_of(task, folder, files)
+    except BadCheckpoint:
+        if not remote:
+            raise
+        components = components_of(task, None)
     return models_of(components, param_dtype=None if dtype is None else getattr(torch, dtype))
 
 

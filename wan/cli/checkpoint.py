@@ -11,6 +11,7 @@ from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.resources import folder as data_folder
 
 if TYPE_CHECKING:
+    from wan.engine.types import Component
     from wan.layouts import CheckpointFiles
 
 DEMO = "t2v-demo"
@@ -129,6 +130,19 @@ def check_folder(folder: Path | None, task: str, configs: dict[str, Any], files:
     said = "the files named" if folder is None else f"--ckpt_dir {str(folder)!r}"
     verb = "lack" if folder is None else "lacks"
     raise BadCheckpoint(f"{said} {verb} what {task} needs: {', '.join(lacking)}. {_get(task)}")
+
+
+def components_of(task: str, folder: Path | None, files: CheckpointFiles | None = None) -> list[Component]:
+    """The networks of a checkpoint for `task`, checked; without folder and files those of its real sizes, with random
+    weights. Reads headers, no weight. Raises BadCheckpoint.
+    """
+    from wan.components import Checkpoint, dummy_components
+    from wan.configs import WAN_CONFIGS
+
+    config = WAN_CONFIGS[task]
+    if folder is None and files is None:
+        return dummy_components(config)
+    return Checkpoint(folder, config, files, config.get("model_type", _kind(task))).components()
 
 
 def check_kind(

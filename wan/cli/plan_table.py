@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from wan.cli.checkpoint import components_of
 from wan.engine.errors import BadCheckpoint
 from wan.engine.options import options_of
 
 if TYPE_CHECKING:
     from wan.cli.generate import Job
-    from wan.cli.request import Wanted
     from wan.engine.plan import Plan
     from wan.engine.types import Component
 
@@ -38,7 +38,8 @@ def network_lines(job: Job) -> list[str]:
     )  # fmt: skip
     lines = [f"tokens  {math.prod(grid)} = {' x '.join(map(str, grid))} of the whole video"]
     try:
-        components = _components(wanted)
+        dummy = wanted.load_format == "dummy"
+        components = components_of(wanted.task, None if dummy else wanted.checkpoint, None if dummy else wanted.files)
     except BadCheckpoint:
         if wanted.repository is None:
             raise
@@ -46,16 +47,6 @@ def network_lines(job: Job) -> list[str]:
     sizes = {component.name: _stored_bytes(component, job.plan) for component in components}
     said = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items())
     return [*lines, f"weights {said}; {sum(sizes.values()) / 2**30:.2f} GiB in all"]
-
-
-def _components(wanted: Wanted) -> list[Component]:
-    """The networks; no weight is read."""
-    from wan.components import Checkpoint, dummy_components
-
-    if wanted.load_format == "dummy":
-        return dummy_components(wanted.config)
-    kind = wanted.config.get("model_type", wanted.task.partition("-")[0].replace("t2i", "t2v"))
-    return Checkpoint(wanted.checkpoint, wanted.config, wanted.files, kind).components()
 
 
 def _stored_bytes(component: Component, plan: Plan) -> int:

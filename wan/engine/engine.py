@@ -192,8 +192,7 @@ class Engine:
         self.progress.stage(f"load {name}")
         active = list(self.plan.enabled())
         with torch.inference_mode(False), torch.no_grad():
-            module = component.build()
-            _declare_dtypes(module, component)
+            module = _declared(component)
             weights = component.weights(module)  # before the module takes another form than the file's
             for optimization in active:
                 optimization.convert(module, name)
@@ -240,15 +239,15 @@ def build_engine(
 
 def on_meta(component: Component, active: Iterable[Optimization]) -> nn.Module:
     """The component's module on the meta device, in the form and the dtypes its weights are stored in."""
-    module = component.build()
-    _declare_dtypes(module, component)
+    module = _declared(component)
     for optimization in active:
         optimization.convert(module, component.name)
     return module
 
 
-def _declare_dtypes(module: nn.Module, component: Component) -> None:
-    """Give the meta tensors the dtypes their weights will be stored in; the weight stream follows them."""
+def _declared(component: Component) -> nn.Module:
+    """Its module, whose meta tensors have the dtypes the weights will be stored in; their stream follows them."""
+    module = component.build()
     owners = dict(module.named_modules())
     for key, tensor in module.state_dict(keep_vars=True).items():
         if not tensor.is_floating_point():
@@ -260,6 +259,7 @@ def _declare_dtypes(module: nn.Module, component: Component) -> None:
             setattr(owners[owner], name, nn.Parameter(declared, requires_grad=False))
         else:
             owners[owner].register_buffer(name, declared)
+    return module
 
 
 def main_dtype(module: nn.Module) -> torch.dtype:

@@ -202,15 +202,15 @@ class VAE:
     """Sizes of a Wan VAE, under the names of `wan.modules.vae_config.VAEConfig`."""
 
     num_bytes: int
-    z_dim: int = 16
     element_size: int = 4
-    encoder_dim: int = 96
-    decoder_dim: int = 96
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    temporal_down: tuple[bool, ...] = (False, True, True)
-    patch_size: int = 1
-    grouped: bool = False
+    z_dim: int
+    encoder_dim: int
+    decoder_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_down: tuple[bool, ...]
+    patch_size: int
+    grouped: bool
 
     @property
     def stride(self) -> tuple[int, int]:

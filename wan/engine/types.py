@@ -359,6 +359,10 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
+EXPERTS = ("dit", "high", "low")
+"""Names of components that are transformers: one alone, or those for high and for low noise."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
     """How one network of an engine comes to be: a module on the meta device and the weights that fill it.

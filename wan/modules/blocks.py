@@ -238,8 +238,12 @@ class WanCrossAttention(WanSelfAttention):
     role = "cross"
 
     def keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, S, N, D / N] of the text, whatever tokens enter."""
-        k, v = project(inputs.context, self.k, self.v)
+        """Keys and values of the text, whatever tokens enter."""
+        return self.keys_of(inputs.context)
+
+    def keys_of(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, N, D / N] of a text."""
+        k, v = project(context, self.k, self.v)
         return self.normed(k, self.norm_k), self.heads(v)
 
     def queries(self, x: Tensor, inputs: BlockInputs) -> Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
-from wan.engine.ops.linear import project
 from wan.engine.options import option
 from wan.engine.plan import Conflict, Optimization, Order
-from wan.engine.sampling.schedule import span
+from wan.engine.sampling.schedule import in_span, span
 from wan.engine.types import Denoising, Layout, Step
 
 if TYPE_CHECKING:
@@ -65,9 +64,7 @@ class NAG(Optimization):
                     return out
                 rows = branch_rows(now.branches, "cond", q.shape[0])
                 negative = unwanted.once(f"text:{now.expert}", lambda: dit.embed_text(unwanted.context))  # type: ignore[operator]
-                keys, values = project(negative, layer.k, layer.v)
-                keys = layer.heads(layer.norm_k(keys)).to(v.dtype)
-                away = attend(q[rows], keys, layer.heads(values), layout)
+                away = attend(q[rows], *layer.keys_of(negative), layout)
                 kept = out.clone()
                 kept[rows] = normalized_guidance(out[rows], away, self.nag_scale, self.nag_tau, self.nag_alpha)
                 return kept
@@ -115,14 +112,13 @@ class SkipLayers(Optimization):
 
     @contextmanager
     def _skip(self, dit: nn.Module, run: Denoising) -> Iterator[None]:
-        first, last = span("--skip_layers_interval", self.skip_layers_interval)
+        interval = span("--skip_layers_interval", self.skip_layers_interval)
         blocks: Any = dit.blocks
         left_out = {id(blocks[number]) for number in self._within(len(blocks))}
         inner, now = dit.run_block, _Now()
 
         def run_block(block: nn.Module, tokens: Tensor, inputs: Any) -> Any:
-            position = now.step.index / now.step.count if now.step is not None else 1.0
-            if id(block) not in left_out or not first <= position < last or "uncond" not in inputs.branches:
+            if id(block) not in left_out or not now.within(interval) or "uncond" not in inputs.branches:
                 return inner(block, tokens, inputs)  # type: ignore[operator]
             if inputs.branches == ("uncond",):
                 return tokens
@@ -165,13 +161,12 @@ class EnhanceVideo(Optimization):
 
     @contextmanager
     def _enhance(self, dit: nn.Module, run: Denoising) -> Iterator[None]:
-        first, last = span("--enhance_video_interval", self.enhance_video_interval)
+        interval = span("--enhance_video_interval", self.enhance_video_interval)
 
         def wrap(layer: Any, attend: Attend, now: _Now) -> Attend:
             def enhanced(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
                 out = attend(q, k, v, layout)
-                position = now.step.index / now.step.count if now.step is not None else 1.0
-                if layout is None or not first <= position < last:
+                if layout is None or not now.within(interval):
                     return out
                 strength = frame_attention(q, k, layout.grid) * (layout.grid[0] + self.enhance_video)
                 return out * strength.clamp(min=1.0).view(-1, 1, 1, 1).to(out.dtype)
@@ -195,6 +190,9 @@ class _Now:
     @property
     def expert(self) -> str:
         return "dit" if self.step is None else self.step.expert
+
+    def within(self, interval: tuple[float, float]) -> bool:
+        return self.step is not None and in_span(self.step, interval)
 
 
 def branch_rows(branches: tuple[str, ...], name: str, batch: int) -> slice:

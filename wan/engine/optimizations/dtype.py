@@ -11,9 +11,9 @@ from torch import nn
 
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
+from wan.engine.types import EXPERTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EXPERTS = ("dit", "high", "low")
 
 
 @dataclass(frozen=True, kw_only=True)

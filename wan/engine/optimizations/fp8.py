@@ -15,9 +15,8 @@ from wan.engine.hardware import Hardware
 from wan.engine.ops.float8 import Float8Linear, scaled_refusal
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
-from wan.engine.types import Component
+from wan.engine.types import EXPERTS, Component
 
-EXPERTS = ("dit", "high", "low")
 ENCODER = "text_encoder"
 
 

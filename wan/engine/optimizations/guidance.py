@@ -15,7 +15,7 @@ from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.plan import Conflict, Optimization, Order
 from wan.engine.sampling.corrections import AdaptiveProjection, frequency_scaled, rescaled, zero_star
-from wan.engine.sampling.schedule import span
+from wan.engine.sampling.schedule import in_span, span
 from wan.engine.types import Coefficients, Condition, Denoiser, Segment, Step
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class CFGInterval(Optimization):
         span("--cfg_interval", self.cfg_interval)
 
     def apply(self, engine: Engine) -> None:
-        first, last = span("--cfg_interval", self.cfg_interval)
+        interval = span("--cfg_interval", self.cfg_interval)
 
         def only_within(coefficients: Coefficients) -> Coefficients:
             def chosen(step: Step) -> dict[str, float]:
                 weights = coefficients(step)
-                return weights if first <= step.index / step.count < last or "cond" not in weights else {"cond": 1.0}
+                return weights if in_span(step, interval) or "cond" not in weights else {"cond": 1.0}
 
             return chosen
 

@@ -24,13 +24,12 @@ from wan.engine.options import option
 from wan.engine.placement import Policy
 from wan.engine.plan import Optimization, Order
 from wan.engine.sampling.schedule import span
-from wan.engine.types import Condition, Denoiser, Segment, Step
+from wan.engine.types import EXPERTS, Condition, Denoiser, Segment, Step
 from wan.engine.weights.lora import LoRAFile, merged, open_lora
 
 if TYPE_CHECKING:
     from wan.engine.engine import Engine
 
-EXPERTS = ("dit", "high", "low")
 AT_RUN_TIME = ("onthefly", "stream")
 _SPELLED = re.compile(r"(?P<path>.+):(?P<strength>[^:@/\\]+)(?:@(?P<span>[^:@/\\]+))?")
 

@@ -83,6 +83,11 @@ def segments(steps: Sequence[Step], done: int = 0) -> list[Segment]:
     return found
 
 
+def in_span(step: Step, interval: tuple[float, float]) -> bool:
+    """Whether `step` lies in this share of the steps of its run, from and to."""
+    return interval[0] <= step.index / step.count < interval[1]
+
+
 def span(flag: str, text: str | None) -> tuple[float, float]:
     """(from, to) of "0.1-0.8". Raises BadRequest."""
     found = _SPAN.fullmatch(text or "0-1")
