@@ -66,7 +66,7 @@ def train_experts(work: Path, scale: float, smoke: bool, resume: bool = False) -
     from demo.dit_train import BOUNDARY, DitTraining, train_dit
 
     # Many clips: with 500 the high-noise expert learned them by heart.
-    common = DitTraining(first_clips=2000, clips_per_step=0.4, average=0.999, freeze_text=True)
+    common = DitTraining(first_clips=2000, clips_per_step=0.4, average=0.999, freeze_text=True, varied=0.5)
     runs = {
         "high": replace(common, seconds=4400 * scale, decay_from=0.7, low=BOUNDARY, high=1.0, seed=6),
         "low": replace(common, seconds=1300 * scale, decay_from=0.2, low=0.0, high=BOUNDARY, seed=7),

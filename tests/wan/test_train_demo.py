@@ -180,3 +180,27 @@ def test_written_tokenizer_splits_as_the_trained_one_does(tmp_path: Path) -> Non
 def test_held_out_combinations_are_disjoint() -> None:
     split = scenes.split_combos()
     assert sum(map(len, split.values())) == len(set().union(*split.values())) == 264
+
+
+def test_balanced_weights_make_attributes_pairwise_independent() -> None:
+    combos = scenes.split_combos()["train"]
+    weights = scenes.balanced(combos)
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        shares: dict[tuple[str, str], float] = {}
+        for combo, weight in zip(combos, weights, strict=True):
+            key = (combo[pair[0]], combo[pair[1]])
+            shares[key] = shares.get(key, 0.0) + weight
+        assert max(shares.values()) < 1.01 * min(shares.values())
+
+
+def test_varied_scenes_stay_nearest_to_their_own_colour_and_say_less() -> None:
+    """So no held-out combination is shown, and motions are read beside other words."""
+    rng = random.Random(3)
+    said = []
+    for combo in scenes.split_combos()["train"][:60]:
+        scene = scenes.varied(scenes.random_scene(rng, combo), rng)
+        shown = torch.tensor(COLORS[scene.color]) + torch.tensor(scene.tint)
+        nearest = min(COLORS, key=lambda name: float((shown - torch.tensor(COLORS[name])).norm()))
+        assert nearest == scene.color
+        said.append(scene.color in scenes.caption(scene, rng).split())
+    assert 5 < sum(said) < 30

@@ -38,6 +38,7 @@ class DitTraining:
     low: float = 0.0  # range of sigma trained on
     high: float = 1.0
     freeze_text: bool = False
+    varied: float = 0.0  # share of clips with colours between the palette's, and of captions that name less
     rank: int = 0  # of an adapter to train in place of the whole network
     given: Callable[[dit.Params, Tensor, random.Random], Tensor] | None = None  # channels shown beside the latents
     caption: Callable[[scenes.Scene, random.Random], str] = scenes.caption
@@ -52,14 +53,17 @@ class LatentPool:
         self, vae: dict[str, Tensor], combos: list[scenes.Combo], rng: random.Random, config: DitTraining
     ) -> None:
         self._vae = compute_copy({name: v for name, v in vae.items() if not name.startswith("decoder")})
-        self._combos, self._rng, self._given = combos, rng, config.given
+        self._combos, self._rng, self._given, self._varied = combos, rng, config.given, config.varied
+        self._weights = scenes.balanced(combos)
         self._latents: list[Tensor] = []
         self._channels: list[Tensor] = []
         self._scenes: list[scenes.Scene] = []
 
     def add(self, count: int) -> None:
         for _ in range(count):
-            scene = scenes.random_scene(self._rng, self._rng.choice(self._combos))
+            scene = scenes.random_scene(self._rng, self._rng.choices(self._combos, self._weights)[0])
+            if self._rng.random() < self._varied:
+                scene = scenes.varied(scene, self._rng)
             video = scenes.render([scene])
             latents = normalized_latents(self._vae, video)[0]
             shown = latents[:0] if self._given is None else self._given(self._vae, video[0], self._rng)

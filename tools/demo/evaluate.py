@@ -41,7 +41,9 @@ def evaluate(folder: Path, split: str, count: int, seed: int, guide_scale: float
         jobs = [(str(folder), split, list(range(part, count, 2)), seed, guide_scale) for part in range(2)]
         found = [entry for part in pool.starmap(_share, jobs) for entry in part]
     result = {"split": split, "prompts": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
-    return result | {row: _summary([entry[row] for entry in found]) for row in ROWS}
+    rows = {row: _summary([entry[row] for entry in found]) for row in ROWS}
+    cases = [entry["case"] for entry in found]
+    return result | rows | {"by motion": _by_motion(cases), "disobeyed": [case for case in cases if case["wrong"]]}
 
 
 def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: float | None) -> list[dict[str, Any]]:
@@ -57,21 +59,45 @@ def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: 
     for number in numbers:
         rng = random.Random(f"{seed}/{split}/{number}")
         scene = scenes.random_scene(rng, combos[number % len(combos)])
+        prompt = scenes.caption(scene, rng, complete=True)
         video = pipe.generate(
-            scenes.caption(scene, rng, complete=True), size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES,
+            prompt, size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES,
             shift=config.sample_shift, sampling_steps=config.sample_steps, guide_scale=scale, seed=number,
         )  # fmt: skip
         truth = scenes.render([scene])[0]
         with torch.no_grad():
             rebuilt = pipe.vae.decode(pipe.vae.encode([truth]))[0]
         clips = dict(zip(ROWS, (video, truth, rebuilt), strict=True))
-        found.append({row: _verdict(clip, scene) for row, clip in clips.items()})
+        verdicts = {row: _verdict(clip, scene) for row, clip in clips.items()}
+        found.append({**verdicts, "case": _case(number, prompt, scene, verdicts["model"])})
     return found
+
+
+def _case(number: int, prompt: str, scene: scenes.Scene, verdict: dict[str, Any]) -> dict[str, Any]:
+    """What was asked, and what was read where that is something else."""
+    wrong = {name: verdict["read"][name] for name, right in verdict["right"].items() if not right}
+    return {"number": number, "prompt": prompt, "motion": scene.motion, "wrong": wrong}
+
+
+def _by_motion(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each motion asked for, how many clips showed it and what the others showed."""
+    table: dict[str, dict[str, Any]] = {}
+    for case in cases:
+        row = table.setdefault(case["motion"], {"right": 0, "of": 0, "read as": {}})
+        row["of"] += 1
+        read = case["wrong"].get("motion")
+        if read is None:
+            row["right"] += 1
+        else:
+            row["read as"][read] = row["read as"].get(read, 0) + 1
+    return table
 
 
 def _verdict(video: Tensor, scene: scenes.Scene) -> dict[str, Any]:
     verdict = judge(video)
-    return {"right": verdict.agrees(**scene.words()), "shape_iou": verdict.shape_iou,
+    words = scene.words()
+    read = {name: getattr(verdict, name) for name in words}
+    return {"right": verdict.agrees(**words), "read": read, "shape_iou": verdict.shape_iou,
             "color_distance": verdict.color_distance, "outline_iou": verdict.outline_iou}  # fmt: skip
 
 

@@ -38,6 +38,7 @@ class Scene:
     end: tuple[float, float]
     extents: tuple[float, float]  # half extent in the first and the last frame
     tint: tuple[float, float, float]  # added to the palette colour
+    called: str | None = None  # the object in a caption that does not describe it in full
 
     def words(self) -> dict[str, str | None]:
         """The attributes a judge can check."""
@@ -54,6 +55,44 @@ def split_combos(seed: int = 7, validation: int = 24, test: int = 40) -> dict[st
         "validation": combos[test : test + validation],
         "train": combos[test + validation :],
     }
+
+
+def balanced(combos: Sequence[Combo], rounds: int = 50) -> list[float]:
+    """Weights of combinations under which colour, shape and motion are drawn pairwise independently.
+
+    With some combinations left out, a shape is otherwise seen more with one motion than with another, and a model
+    learns to expect that. Iterative proportional fitting (Deming and Stephan 1940) of the three tables of pairs.
+    """
+    weights = dict.fromkeys(combos, 1.0)
+    pairs = ((0, 1), (0, 2), (1, 2))
+    for _ in range(rounds):
+        for pair in pairs:
+            found: dict[tuple[str, str], float] = {}
+            for combo, weight in weights.items():
+                key = (combo[pair[0]], combo[pair[1]])
+                found[key] = found.get(key, 0.0) + weight
+            weights = {c: weight / found[(c[pair[0]], c[pair[1]])] for c, weight in weights.items()}
+    return [weights[combo] for combo in combos]
+
+
+def varied(scene: Scene, rng: random.Random) -> Scene:
+    """The scene with an object of a colour between two of the palette, which captions leave out, or (as often) with one
+    that captions name less fully.
+
+    Few combinations are ever seen; so that a motion is not tied to colours and shapes it was seen with, it is also
+    seen with colours in between and read in other words. The colour stays nearest to the one the scene names: no
+    combination that was left out is shown.
+    """
+    if rng.random() < 0.5:
+        noun = rng.choice(("object", "thing", rng.choice(_SHAPE_WORDS[scene.shape])))
+        return replace(scene, called=rng.choice((noun, f"{scene.color} {noun}")))
+    hues = list(judge.COLORS)
+    here = hues.index(scene.color)
+    other = judge.COLORS[hues[(here + rng.choice((-1, 1))) % len(hues)]]
+    step = rng.uniform(0.15, 0.38)
+    tint = tuple(t + step * (b - a) for t, a, b in zip(scene.tint, judge.COLORS[scene.color], other, strict=True))
+    noun = rng.choice((*_SHAPE_WORDS[scene.shape], "object"))
+    return replace(scene, tint=(tint[0], tint[1], tint[2]), called=noun)
 
 
 def random_scene(rng: random.Random, combo: Combo) -> Scene:
@@ -163,8 +202,8 @@ def caption(scene: Scene, rng: random.Random, complete: bool = False) -> str:
             size=None if rng.random() < 0.15 else scene.size,
             speed=None if rng.random() < 0.15 else scene.speed,
         )
-    noun = rng.choice(_SHAPE_WORDS[scene.shape])
-    subject = " ".join(word for word in (_pick(rng, _SIZE_WORDS, scene.size), scene.color, noun) if word)
+    called = scene.called or f"{scene.color} {rng.choice(_SHAPE_WORDS[scene.shape])}"
+    subject = " ".join(word for word in (_pick(rng, _SIZE_WORDS, scene.size), called) if word)
     text = f"{rng.choice((_article(subject), _article(subject), 'the'))} {subject} {_movement(scene, rng)}"
     if complete or rng.random() >= 0.15:
         text = _with_backdrop(text, scene, rng, complete)
