@@ -34,7 +34,7 @@ Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
     "tf32": None, "bf16_reduced_precision": None, "convert_model_dtype": False, "param_dtype": None,
-    "attention": "sdpa", "compile": False,
+    "attention": "sdpa", "kernels": "torch", "compile": False,
     "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
     "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
     "use_batched_cfg": False, "offload_model": None, "t5_cpu": False, "vae_cpu": False,

@@ -7,11 +7,14 @@ Letters: B batch, L tokens, U distinct timesteps, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan.engine.ops.rows import in_runs, may_write, run_length, runs
+from wan.engine.ops.op import Draw, op
+from wan.engine.ops.rows import accumulate, in_runs, may_write, run_length, runs
 
 
 def pick(table: Tensor, rows: Tensor | None, at: slice | None = None) -> Tensor:
@@ -19,6 +22,15 @@ def pick(table: Tensor, rows: Tensor | None, at: slice | None = None) -> Tensor:
     return table if rows is None else table.index_select(1, rows if at is None else rows[at])
 
 
+def _examples(draw: Draw) -> list[tuple[Any, ...]]:
+    """x, y, gate, shift, scale, rows, eps, dtype: one row for all tokens, and tokens that choose theirs."""
+    one = (draw(2, 5, 192), draw(2, 5, 192, dtype=torch.bfloat16), *draw(3, 2, 1, 192), None, 1e-6, torch.bfloat16)
+    x, tables = draw(1, 7, 1536), draw(1, 3, 6, 1536).unbind(2)[:3]
+    rows = torch.tensor([2, 0, 0, 1, 2, 1, 1], device=x.device)
+    return [one, (x, draw(1, 7, 1536, dtype=torch.bfloat16), *tables, rows, 1e-6, torch.float32)]
+
+
+@op(examples=lambda draw: [(x, *tables) for x, _, _, *tables in _examples(draw)], tolerance=1e-3)
 def norm_modulate(
     x: Tensor,
     shift: Tensor,
@@ -41,6 +53,7 @@ def norm_modulate(
     return in_runs(modulated, x, dtype)
 
 
+@op(examples=lambda draw: [(x, y, gate, rows) for x, y, gate, _, _, rows, *_ in _examples(draw)], tolerance=1e-5)
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
     """x + y * gate in float32, written into `x` where that is allowed.
 
@@ -51,3 +64,19 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) ->
     for at in runs(x.shape[1], run_length(x)):
         x[:, at].addcmul_(y[:, at], pick(gate, rows, at))
     return x
+
+
+@op(examples=_examples, tolerance=1e-3)
+def gated_add_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`gated_add`, without a gate `accumulate`, and `norm_modulate` of what comes of it."""
+    x = accumulate(x, y) if gate is None else gated_add.definition(x, y, gate, rows)
+    return x, norm_modulate.definition(x, shift, scale, rows, eps, dtype)

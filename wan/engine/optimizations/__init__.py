@@ -11,6 +11,7 @@ from wan.engine.optimizations.context_windows import ContextWindows
 from wan.engine.optimizations.dtype import Precision
 from wan.engine.optimizations.fp8 import FP8, T5FP8
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
+from wan.engine.optimizations.kernels import Kernels
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.numerics import TF32, BF16Reduction, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
@@ -27,8 +28,8 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
-    "GuidanceRescale", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache", "StreamT5",
-    "T5CPU", "T5FP8", "TF32", "VAECPU", "VAEPrecision", "VAETiling", "registry",
+    "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache",
+    "StreamT5", "T5CPU", "T5FP8", "TF32", "VAECPU", "VAEPrecision", "VAETiling", "registry",
 ]  # fmt: skip
 
 
