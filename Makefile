@@ -8,7 +8,7 @@ OUT ?= results/demo.mp4
 # Two threads that wait by sleeping: spinning barriers cost 100x when anything else runs.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test test-slow check docs format clean
 
 demo: $(VENV)/.installed
 	@mkdir -p $(dir $(OUT))
@@ -19,7 +19,10 @@ demo: $(VENV)/.installed
 	@echo "Your own:  make demo PROMPT=\"a small blue square moves up\"   (what it understands: demo/README.md)"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not gpu" -n auto --dist worksteal
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n auto --dist worksteal
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" -n auto --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
