@@ -143,7 +143,10 @@ def test_missing_image_and_wrong_count_are_refused() -> None:
         model.velocity(latents, time, ImageCondition(context=text, image=image[:, :5]))
 
 
-def test_attention_backend_replaces_the_attention_to_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("chosen", ["flash2", "sage"])
+def test_attention_backend_replaces_all_attention_but_in_8_bits_only_that_of_tokens_among_themselves(
+    monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
     from types import SimpleNamespace
 
     from wan.engine.ops import attention as backends
@@ -152,9 +155,12 @@ def test_attention_backend_replaces_the_attention_to_images_too(monkeypatch: pyt
     def other(q: Tensor, k: Tensor, v: Tensor, layout: Any = None) -> Tensor:
         return q
 
-    monkeypatch.setattr(backends, "choose", lambda *_: ("other", other, "told so"))
+    exact = {"auto": ("cudnn", lambda q, *_: q, "fastest")}
+    monkeypatch.setattr(backends, "choose", lambda name, *_: exact.get(name, (chosen, other, "as asked")))
     model = tiny("i2v")
     engine: Any = SimpleNamespace(expert_names=("dit",), kernels={}, hardware=None)
-    Attention(attention="auto").finish(model, "dit", engine)
-    cross = model.blocks[0].cross_attn
-    assert cross.attend is other and cross.attend_image is other and engine.kernels == {"dit": "other"}
+    Attention(attention=chosen).finish(model, "dit", engine)  # type: ignore[arg-type]
+    block = model.blocks[0]
+    cross = other if chosen == "flash2" else exact["auto"][1]
+    assert block.self_attn.attend is other and engine.kernels == {"dit": chosen}
+    assert block.cross_attn.attend is block.cross_attn.attend_image is cross

@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from wan.engine.ops.attention import masked
+from wan.engine.ops.attention import FLASH3, masked
 
 __all__ = ["attention", "flash_attention"]
 
@@ -63,8 +63,8 @@ def _flash(
     version: int | None,
 ) -> Tensor | None:
     """What an installed FlashAttention gives, version 3 before 2; None where there is none."""
-    names = {None: ("flash_attn_interface", "flash_attn"), 2: ("flash_attn",)}.get(version, ("flash_attn_interface",))
-    for name in names:
+    two, three = ("flash_attn",), FLASH3
+    for name in {None: (*three, *two), 2: two}.get(version, three):
         try:
             kernel = __import__(name).flash_attn_func
         except ImportError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware
 from wan.engine.hardware import Hardware
 from wan.engine.ops import attention
+from wan.engine.ops.attention_kernels import merge
 
 H100 = Hardware(device=torch.device("cpu"), name="NVIDIA H100", sm=(9, 0))
 RTX3090 = Hardware(device=torch.device("cpu"), name="NVIDIA RTX 3090", sm=(8, 6))
@@ -36,7 +37,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture(autouse=True)
 def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("flash_attn", "flash_attn_interface", "sageattention"):
+    attention._tried.cache_clear()
+    for package in ("flash_attn", "fa3_fwd_interface", "flash_attn_interface", "sageattention"):
         monkeypatch.delitem(sys.modules, package, raising=False)
     real = attention.find_spec
     monkeypatch.setattr(attention, "find_spec", lambda name: None if name not in sys.modules else real(name))
@@ -93,7 +95,7 @@ def test_auto_takes_the_best_exact_backend_that_is_installed(install: Callable[.
     install("sageattention", sageattn=lambda q, k, v, **_: attention.sdpa(q, k, v))
     install("flash_attn", flash_attn_func=attention.sdpa)
     assert attention.choose("auto", RTX3090, BF16, 128)[0] == "flash2"
-    install("flash_attn_interface", flash_attn_func=attention.sdpa)
+    install("fa3_fwd_interface", flash_attn_func=attention.sdpa)
     assert attention.choose("auto", H100, BF16, 128)[0] == "flash3"
     assert attention.choose("auto", RTX3090, torch.float32, 128)[0] == "sdpa"
     assert attention.choose("auto", TURING, BF16, 128)[0] == "sdpa"
@@ -118,6 +120,7 @@ def test_flash3_may_return_a_tensor_or_a_tuple(install: Callable[..., None]) -> 
         ("sage", H100, BF16, 80, IncompatibleOptions, "multiple of 32.*80"),
         ("flash2", H100, BF16, 128, MissingPackage, r"flash_attn.*\[flash\]"),
         ("sage", H100, BF16, 128, MissingPackage, "pip install sageattention"),
+        ("flash3_fp8", H100, BF16, 128, MissingPackage, "fa3_fwd_interface.*pip install fa3-fwd"),
         ("warp", H100, BF16, 128, IncompatibleOptions, "'warp'.*auto, sdpa, cudnn"),
     ],
 )
@@ -128,17 +131,59 @@ def test_a_backend_that_cannot_serve_is_refused_with_the_cure(
         attention.choose(name, hardware, dtype, head_dim)
 
 
-@pytest.mark.parametrize("fault", ["raises", "wrong values"])
-def test_a_kernel_that_fails_its_first_call_is_replaced_with_one_warning(
-    install: Callable[..., None], fault: str
+@pytest.mark.parametrize(
+    ("fault", "name", "tried"),
+    [
+        ("raises", "flash3", ["flash3", "cudnn"]),
+        ("wrong values", "flash3_fp8", ["flash3_fp8", "flash3", "cudnn"]),
+    ],
+)
+def test_a_kernel_that_fails_its_first_call_gives_way_to_the_next_best_with_one_warning(
+    install: Callable[..., None], fault: str, name: str, tried: list[str]
 ) -> None:
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    calls = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, **scales: Tensor) -> Tensor:
+        calls.append(q.shape)
         if fault == "raises":
             raise RuntimeError("no kernel image is available")
         return torch.zeros_like(q)
 
-    install("flash_attn", flash_attn_func=kernel)
-    with pytest.warns(RuntimeWarning, match="flash2") as caught:
-        name, attend, why = attention.choose("flash2", RTX3090, BF16, 128)
-    assert (name, attend, len(caught)) == ("sdpa", attention.sdpa, 1)
-    assert "flash2" in why
+    install("fa3_fwd_interface", flash_attn_func=kernel)
+    install("flash_attn", flash_attn_func=attention.sdpa)
+    with pytest.warns(RuntimeWarning) as caught:
+        # cuDNN does not run on a CPU: it is tried on the way to flash2, and says so.
+        chosen = [attention.choose(name, H100, BF16, 128)[0] for _ in range(2)]
+    assert chosen == ["flash2", "flash2"]
+    assert [str(warning.message).split()[2] for warning in caught] == tried
+    assert len(calls) == len(tried) - 1
+
+
+def test_eight_bits_are_never_automatic(install: Callable[..., None]) -> None:
+    assert all(attention.is_exact(name) for name in (*attention.AUTO, *attention.AUTO_HOPPER))
+    assert not attention.is_exact("flash3_fp8") and not attention.is_exact("sage")
+
+
+FLASH = {"flash_attn": "flash2", "fa3_fwd_interface": "flash3", "flash_attn_interface": "flash3"}
+
+
+@pytest.mark.parametrize("package", [None, *FLASH])
+def test_attention_to_halves_of_the_keys_is_merged_exactly(install: Callable[..., None], package: str | None) -> None:
+    """With the sums a backend tells, whatever else it returns; the kernel of the fakes is PyTorch's own."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool = False) -> tuple[Tensor, ...]:
+        assert return_attn_probs
+        return *attention.BACKENDS["sdpa"].load_lse()(q, k, v), torch.empty(0)  # type: ignore[misc]
+
+    if package is not None:
+        install(package, flash_attn_func=kernel)
+    load = attention.BACKENDS[FLASH.get(package or "", "sdpa")].load_lse
+    assert load is not None
+    attend = load()
+    q, k, v = qkv(s=21)
+    # One half holds a key that outweighs all others.
+    k[:, 3] *= 30
+    out, lse = merge([attend(q, k[:, :8], v[:, :8]), attend(q, k[:, 8:], v[:, 8:])])
+    torch.testing.assert_close(out, reference(q, k, v), rtol=1e-5, atol=1e-6)
+    scores = torch.einsum("blnd,bsnd->bnls", q, k) / q.shape[-1] ** 0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-5)

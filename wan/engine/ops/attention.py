@@ -8,8 +8,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,13 @@ from torch import Tensor
 
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
+from wan.engine.ops import attention_kernels as kernels
+from wan.engine.ops.attention_kernels import Attend, AttendLse, sdpa
 from wan.engine.types import Layout
 
-__all__ = ["BACKENDS", "Attend", "Backend", "choose", "masked", "sdpa"]
-
-Attend = Callable[..., Tensor]
-"""`(q, k, v, layout=None) -> out`: q [B, L, N, D], k and v [B, S, N, D], out [B, L, N, D], never padded."""
+__all__ = ["BACKENDS", "Attend", "Backend", "choose", "is_exact", "masked", "sdpa"]
 
 HALF = (torch.bfloat16, torch.float16)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-    """PyTorch's scaled dot product attention; the definition that every backend is compared with."""
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 def masked(
@@ -82,11 +77,15 @@ def visible(
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One way to compute attention and what it needs. `load` imports the package and returns an `attend`."""
+    """One way to compute attention and what it needs: one of `packages`, a card, a dtype, a head width.
+
+    `load` imports the package and returns an `attend`, `load_lse` one that tells the log-sum-exp of scores too.
+    """
 
     name: str
     load: Callable[[], Attend]
-    package: str | None = None
+    load_lse: Callable[[], AttendLse] | None = None
+    packages: tuple[str, ...] = ()
     install: str = ""
     min_sm: tuple[int, int] = (0, 0)
     max_sm: tuple[int, int] = (99, 9)
@@ -111,9 +110,10 @@ class Backend:
             return IncompatibleOptions(
                 f"--attention {self.name} needs a head width that is {allowed}, this model has {head_dim!r}; {cure}"
             )
-        if self.package is not None and not installed(self.package):
+        if self.packages and not any(installed(package) for package in self.packages):
+            wanted = " or ".join(map(repr, self.packages))
             return MissingPackage(
-                f"--attention {self.name} needs the package {self.package!r}, which is not installed; "
+                f"--attention {self.name} needs the package {wanted}, which is not installed; "
                 f"run pip install {self.install}, or {cure}"
             )
         return None
@@ -131,53 +131,32 @@ def installed(package: str) -> bool:
         return True
 
 
-def _cudnn() -> Attend:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return sdpa(q, k, v)
-
-    return attend
-
-
-def _first(result: Any) -> Tensor:
-    """The output of a kernel that, by version, returns it alone or with the log-sum-exp."""
-    out: Tensor = result[0] if isinstance(result, tuple) else result
-    return out
-
-
-def _flash2() -> Attend:
-    from flash_attn import flash_attn_func
-
-    return lambda q, k, v, layout=None: _first(flash_attn_func(q, k, v))
-
-
-def _flash3() -> Attend:
-    from flash_attn_interface import flash_attn_func
-
-    return lambda q, k, v, layout=None: _first(flash_attn_func(q, k, v))
-
-
-def _sage() -> Attend:
-    from sageattention import sageattn
-
-    return lambda q, k, v, layout=None: _first(sageattn(q, k, v, tensor_layout="NHD", is_causal=False))
-
+FLASH3 = ("fa3_fwd_interface", "flash_attn_interface")
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend(name="sdpa", load=lambda: sdpa, dtypes=(*HALF, torch.float32), grade="bitwise"),
-        Backend(name="cudnn", load=_cudnn, min_sm=(8, 0), max_head_dim=128),
-        Backend(name="flash2", load=_flash2, package="flash_attn", install="'wan-engine[flash]'", min_sm=(8, 0)),
         Backend(
-            name="flash3", load=_flash3, package="flash_attn_interface", min_sm=(9, 0), max_sm=(9, 0),
-            install="'wan-engine[flash]' and FlashAttention's hopper/ folder from source",
+            name="sdpa", load=lambda: sdpa, load_lse=kernels.sdpa_lse, dtypes=(*HALF, torch.float32), grade="bitwise",
         ),
         Backend(
-            name="sage", load=_sage, package="sageattention", install="sageattention", min_sm=(8, 0), max_head_dim=128,
-            multiple_of=32, grade="lossy",
+            name="cudnn", load=kernels.cudnn, load_lse=kernels.cudnn_lse, min_sm=(8, 0), max_head_dim=128,
+        ),
+        Backend(
+            name="flash2", load=kernels.flash2, load_lse=kernels.flash2_lse, packages=("flash_attn",),
+            install="'wan-engine[flash]'", min_sm=(8, 0),
+        ),
+        Backend(
+            name="flash3", load=kernels.flash3, load_lse=kernels.flash3_lse, packages=FLASH3, install="fa3-fwd",
+            min_sm=(9, 0), max_sm=(9, 0),
+        ),
+        Backend(
+            name="flash3_fp8", load=kernels.flash3_fp8, packages=FLASH3, install="fa3-fwd", min_sm=(9, 0),
+            max_sm=(9, 0), multiple_of=16, grade="lossy",
+        ),
+        Backend(
+            name="sage", load=kernels.sage, load_lse=kernels.sage_lse, packages=("sageattention",),
+            install="sageattention", min_sm=(8, 0), max_head_dim=128, multiple_of=32, grade="lossy",
         ),
     )
 }  # fmt: skip
@@ -188,22 +167,29 @@ AUTO = ("flash2", "sdpa")
 """Best first on older cards, where PyTorch's own flash kernel is FlashAttention 2. Lossy ones are never automatic."""
 
 
+def is_exact(name: str) -> bool:
+    """Whether a backend keeps the precision of its inputs."""
+    return BACKENDS[name].grade != "lossy"
+
+
 def choose(name: str, hardware: Hardware, dtype: torch.dtype, head_dim: int) -> tuple[str, Attend, str]:
     """The backend's name, its `attend`, and one sentence on why.
 
     "auto" takes the best exact backend that works here. A named one that cannot serve raises UnsupportedHardware,
-    IncompatibleOptions or MissingPackage; one that fails its first call is replaced by SDPA with a warning.
+    IncompatibleOptions or MissingPackage. Each is tried once a process; one whose first call fails, or gives other
+    values than SDPA, is replaced by the next best with one warning.
     """
-    if name == "auto":
-        candidates = AUTO_HOPPER if hardware.sm >= (9, 0) else AUTO
-        usable = [c for c in candidates if BACKENDS[c].refusal(hardware, dtype, head_dim) is None]
-        return _first_working(usable, hardware, dtype, head_dim, f"the fastest exact backend on {hardware.name}")
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise IncompatibleOptions(f"--attention {name!r} is unknown; choose one of {', '.join(('auto', *BACKENDS))}")
+    automatic = AUTO_HOPPER if hardware.sm >= (9, 0) else AUTO
+    usable = [c for c in automatic if BACKENDS[c].refusal(hardware, dtype, head_dim) is None]
+    if name == "auto":
+        return _first_working(usable, hardware, dtype, head_dim, f"the fastest exact backend on {hardware.name}")
     refusal = BACKENDS[name].refusal(hardware, dtype, head_dim)
     if refusal is not None:
         raise refusal
-    return _first_working((name, "sdpa"), hardware, dtype, head_dim, "as asked")
+    others = [candidate for candidate in usable if candidate != name]
+    return _first_working((name, *others), hardware, dtype, head_dim, "as asked")
 
 
 def _first_working(
@@ -212,28 +198,38 @@ def _first_working(
     for name in names:
         if name == "sdpa":
             break
-        found = fault(BACKENDS[name], hardware.device, dtype, head_dim)
+        found = _tried(BACKENDS[name], hardware.device, dtype, head_dim)
         if not found:
             return name, BACKENDS[name].load(), why
         why = f"{name} {found}"
-        warnings.warn(f"attention backend {why}; the next best is used", RuntimeWarning, stacklevel=3)
     return "sdpa", sdpa, why
+
+
+@cache
+def _tried(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """`fault`, found and warned of once a process: every expert asks."""
+    found = fault(backend, device, dtype, head_dim)
+    if found:
+        warnings.warn(
+            f"attention backend {backend.name} {found}; the next best is used", RuntimeWarning, stacklevel=4
+        )  # fmt: skip
+    return found
 
 
 def fault(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What is wrong with a backend, by its first call; "" for one that works."""
     try:
-        works = self_test(backend.load(), device, dtype, head_dim)
+        works = self_test(backend.load(), device, dtype, head_dim, 0.02 if is_exact(backend.name) else 0.2)
     except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return "" if works else "gives wrong values"
 
 
 @torch.no_grad()
-def self_test(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+def self_test(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int, tolerance: float) -> bool:
     """Whether a backend gives the values of SDPA on a small input; its first call, so it also shows a broken build."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 96, 2, head_dim, generator=generator).to(device, dtype).unbind(0)
     expected = sdpa(q, k, v).float()
     error = (attend(q, k, v).float() - expected).norm() / expected.norm()
-    return bool(error < 0.2)
+    return bool(error < tolerance)

@@ -27,14 +27,17 @@ class Attention(Optimization):
     """Compute attention with another kernel than PyTorch's own choice.
 
     "auto" takes the fastest exact backend for this card, dtype and installation and logs which and why; generate.py
-    uses it. "sage" quantises to 8 bits and is never chosen by itself. A backend that cannot run here is refused before
-    weights are read. There is no off spelling: plain is "sdpa".
+    uses it; a kernel that fails, or gives other values than PyTorch's, is replaced by the next best with a warning.
+    "flash3_fp8" and "sage" compute self-attention in 8 bits and are never chosen by themselves; other attention stays
+    exact. A backend that cannot run here is refused before weights are read. There is no off spelling: plain is "sdpa".
     """
 
     order = Order.LAYERS
     grade = "rounding"
     tolerance = 1e-2
-    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "sage"] = option("sdpa", "attention backend")
+    attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "sage"] = option(
+        "sdpa", "attention backend"
+    )
 
     @property
     def enabled(self) -> bool:
@@ -53,10 +56,10 @@ class Attention(Optimization):
         seams: list[tuple[Any, str]] = [
             (part, seam) for part in module.modules() for seam, value in vars(part).items() if value is backends.sdpa
         ]
-        chosen, attend, reason = backends.choose(
-            self.attention, engine.hardware, main_dtype(module), seams[0][0].head_dim if seams else WAN_HEAD_DIM
-        )
+        here = engine.hardware, main_dtype(module), seams[0][0].head_dim if seams else WAN_HEAD_DIM
+        chosen, attend, reason = backends.choose(self.attention, *here)
+        exact = attend if backends.is_exact(chosen) else backends.choose("auto", *here)[1]
         for layer, seam in seams:
-            setattr(layer, seam, attend)
+            setattr(layer, seam, attend if layer.role == "self" else exact)
         engine.kernels[name] = chosen
         logging.getLogger(__name__).info("attention of %s: %s (%s)", name, chosen, reason)
