@@ -134,7 +134,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             "flash": ["flash-attn>=2.7", "ninja"],
-        "hopper": ["fa3-fwd>=0.0.3"],
+            "hopper": ["fa3-fwd>=0.0.3"],
             "audio": ["librosa>=0.10", "soundfile>=0.12"],
             "ray": ["ray>=2.40"],
             "dev": ["mypy>=2.4", "pytest>=9", "pytest-xdist>=3.6", "ruff>=0.17"],

@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
-    "wan_rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _INT, _INT, _POINTER),
+    "wan_rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _INT, _POINTER),
     "wan_gated": (_POINTER, _POINTER, _POINTER, ctypes.c_int64, _INT, _INT, _POINTER),
 }
 
@@ -48,37 +48,23 @@ def _call(name: str, like: Tensor, *arguments: object) -> None:
         raise RuntimeError(f"{name} over {tuple(like.shape)} {like.dtype}: {library.wan_error(code).decode()}")
 
 
-def serves_rms_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rms_norm` takes these."""
-    return x.dtype in HALF and weight.dtype in (x.dtype, torch.float32) and x.shape[-1] <= MAX_WIDTH
-
-
-@torch.library.custom_op("wan::cuda_rms_norm", mutates_args=(), device_types="cuda")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in the dtype of x; weight [D] in that dtype or float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dim, in their dtype; NotImplemented elsewhere."""
+    if not (x.is_cuda and x.dtype in HALF and weight.dtype == x.dtype and 0 < x.shape[-1] <= MAX_WIDTH):
+        return NotImplemented
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
-    rows, is_half, weight_is_float = x.numel() // x.shape[-1], x.dtype == torch.float16, weight.dtype == torch.float32
-    pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    _call("wan_rms_norm", x, *pointers, rows, x.shape[-1], eps, is_half, weight_is_float)
+    pointers, width = (x.data_ptr(), weight.data_ptr(), out.data_ptr()), x.shape[-1]
+    _call("wan_rms_norm", x, *pointers, x.numel() // width, width, eps, x.dtype == torch.float16)
     return out
 
 
-@torch.library.custom_op("wan::cuda_gated", mutates_args=(), device_types="cuda")
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up of equal shapes and dtypes; activation "gelu" (the tanh form) or "silu"."""
+    """activation(gate) * up, "gelu" (the tanh form) or "silu"; NotImplemented elsewhere."""
+    if not (gate.is_cuda and gate.dtype in HALF and up.dtype == gate.dtype and up.shape == gate.shape):
+        return NotImplemented
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
     _call("wan_gated", gate, *pointers, gate.numel(), gate.dtype == torch.float16, activation == "silu")
     return out
-
-
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x.contiguous())
-
-
-@gated.register_fake
-def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    return torch.empty_like(gate.contiguous())

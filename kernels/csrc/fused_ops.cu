@@ -30,9 +30,9 @@ struct DeviceBlock {
   }
 };
 
-template <int KEPT, bool ALIGNED, typename T, typename W>
+template <int KEPT, bool ALIGNED, typename T>
 __global__ void __launch_bounds__(MAX_THREADS)
-    rms_norm_kernel(const T* __restrict__ x, const W* __restrict__ weight, T* out, int width, float eps) {
+    rms_norm_kernel(const T* __restrict__ x, const T* __restrict__ weight, T* out, int width, float eps) {
   __shared__ float sums[WARP];
   DeviceBlock block{sums};
   const int64_t row = static_cast<int64_t>(blockIdx.x) * width;
@@ -53,22 +53,22 @@ bool aligned(int64_t length, Pointers... pointers) {
   return length % VECTOR == 0 && ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
 }
 
-template <int KEPT, typename T, typename W>
-cudaError_t launch_rms_norm(const T* x, const W* weight, T* out, int rows, int width, float eps, cudaStream_t stream) {
+template <int KEPT, typename T>
+cudaError_t launch_rms_norm(const T* x, const T* weight, T* out, int rows, int width, float eps, cudaStream_t stream) {
   const int vectors = (width + VECTOR - 1) / VECTOR;
   const int threads = ((vectors + KEPT - 1) / KEPT + WARP - 1) / WARP * WARP;
-  auto kernel = aligned(width, x, weight, out) ? rms_norm_kernel<KEPT, true, T, W> : rms_norm_kernel<KEPT, false, T, W>;
+  auto kernel = aligned(width, x, weight, out) ? rms_norm_kernel<KEPT, true, T> : rms_norm_kernel<KEPT, false, T>;
   kernel<<<rows, threads, 0, stream>>>(x, weight, out, width, eps);
   return cudaGetLastError();
 }
 
 // Widths 1536, 3072 and 5120 fill 192, 192 and 160 threads to the last one.
-template <typename T, typename W>
+template <typename T>
 cudaError_t rms_norm(const void* x, const void* weight, void* out, int rows, int width, float eps, cudaStream_t stream) {
-  auto launch = width <= 2048 ? launch_rms_norm<1, T, W>
-                : width <= 4096 ? launch_rms_norm<2, T, W>
-                                : launch_rms_norm<4, T, W>;
-  return launch(static_cast<const T*>(x), static_cast<const W*>(weight), static_cast<T*>(out), rows, width, eps, stream);
+  auto launch = width <= 2048 ? launch_rms_norm<1, T>
+                : width <= 4096 ? launch_rms_norm<2, T>
+                                : launch_rms_norm<4, T>;
+  return launch(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(out), rows, width, eps, stream);
 }
 
 template <typename Activation, typename T>
@@ -90,11 +90,10 @@ cudaError_t gated(const void* gate, const void* up, void* out, int64_t length, c
 // Numbers of dtypes and activations as in kernels/fused_cuda.py. Each returns a cudaError_t; nothing is launched for
 // sizes of zero. Widths of rms_norm go up to 32768.
 extern "C" int wan_rms_norm(const void* x, const void* weight, void* out, int rows, int width, float eps, int is_half,
-                            int weight_is_float, cudaStream_t stream) {
+                            cudaStream_t stream) {
   if (rows < 1 || width < 1) return cudaSuccess;
   if (width > 4 * VECTOR * MAX_THREADS) return cudaErrorInvalidValue;
-  auto run = is_half ? (weight_is_float ? rms_norm<__half, float> : rms_norm<__half, __half>)
-                     : (weight_is_float ? rms_norm<__nv_bfloat16, float> : rms_norm<__nv_bfloat16, __nv_bfloat16>);
+  auto run = is_half ? rms_norm<__half> : rms_norm<__nv_bfloat16>;
   return run(x, weight, out, rows, width, eps, stream);
 }
 

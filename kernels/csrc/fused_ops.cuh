@@ -18,7 +18,6 @@ namespace wan {
 
 constexpr int VECTOR = 8;  // 16 bytes of 16-bit values: the widest access a thread makes
 
-WAN_BOTH float to_float(float x) { return x; }
 WAN_BOTH float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 WAN_BOTH float to_float(__half x) { return __half2float(x); }
 
@@ -66,8 +65,8 @@ WAN_BOTH void store(const Vector<T>& stored, T* values, int64_t first, int64_t l
 
 // out = x / sqrt(mean(x^2) + eps) * weight over one row. A thread keeps KEPT vectors of it in registers, so that the
 // row is read once; all of them are asked for before the first is needed.
-template <int KEPT, bool ALIGNED, typename Block, typename T, typename W>
-WAN_BOTH void rms_norm_row(Block& block, const T* x, const W* weight, T* out, int width, float eps) {
+template <int KEPT, bool ALIGNED, typename Block, typename T>
+WAN_BOTH void rms_norm_row(Block& block, const T* x, const T* weight, T* out, int width, float eps) {
   Vector<T> kept[KEPT];
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
@@ -83,7 +82,7 @@ WAN_BOTH void rms_norm_row(Block& block, const T* x, const W* weight, T* out, in
 #pragma unroll
   for (int k = 0; k < KEPT; ++k) {
     const int first = (k * block.count() + block.index()) * VECTOR;
-    const Vector<W> weights = load<ALIGNED>(weight, first, width);
+    const Vector<T> weights = load<ALIGNED>(weight, first, width);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
       kept[k].at[i] = rounded<T>(to_float(kept[k].at[i]) * scale * to_float(weights.at[i]));

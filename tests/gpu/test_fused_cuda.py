@@ -1,4 +1,4 @@
-"""On a GPU: the CUDA kernels against float64 at the widths of the models and at odd ones, and within a graph."""
+"""On a GPU: the CUDA kernels against float64 at the widths of the models and at odd ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ def same(out: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
 @pytest.mark.parametrize("width", [1, 63, 128, 1536, 3072, 4095, 5120, 32768])
-def test_rms_norm(dtype: torch.dtype, weight_dtype: torch.dtype | None, width: int) -> None:
+def test_rms_norm(dtype: torch.dtype, width: int) -> None:
     x = torch.randn(77, width, device="cuda").to(dtype)
-    weight = torch.randn(width, device="cuda").to(weight_dtype or dtype)
+    weight = torch.randn(width, device="cuda").to(dtype)
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     assert same(fused_cuda.rms_norm(x, weight, 1e-6), expected)
@@ -41,15 +40,3 @@ def test_gated(dtype: torch.dtype, activation: str, shape: tuple[int, int]) -> N
     wide = gate.double()
     z = wide if activation == "silu" else 2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)
     assert same(fused_cuda.gated(gate, up, activation), wide * z.sigmoid() * up.double())
-
-
-def test_the_operators_are_well_formed_and_compile_without_a_break() -> None:
-    x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
-    torch.library.opcheck(fused_cuda.rms_norm, (x, x[0], 1e-6), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(fused_cuda.gated, (x, x, "gelu"), test_utils=("test_schema", "test_faketensor"))
-
-    @torch.compile(fullgraph=True)
-    def both(x: torch.Tensor) -> torch.Tensor:
-        return fused_cuda.gated(fused_cuda.rms_norm(x, x[0], 1e-6), x, "silu")
-
-    assert torch.equal(both(x), fused_cuda.gated(fused_cuda.rms_norm(x, x[0], 1e-6), x, "silu"))

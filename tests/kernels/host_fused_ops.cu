@@ -28,7 +28,7 @@ struct HostBlock {
   }
 };
 
-template <int KEPT, bool ALIGNED, typename T, typename W>
+template <int KEPT, bool ALIGNED, typename T>
 void rms_norm(const void* x, const void* weight, void* out, int rows, int width, float eps, int num_threads) {
   for (int row = 0; row < rows; ++row) {
     const int64_t start = static_cast<int64_t>(row) * width;
@@ -38,7 +38,7 @@ void rms_norm(const void* x, const void* weight, void* out, int rows, int width,
     for (int place = 0; place < num_threads; ++place) {
       threads.emplace_back([&, place] {
         HostBlock block{place, sums, meet};
-        rms_norm_row<KEPT, ALIGNED>(block, static_cast<const T*>(x) + start, static_cast<const W*>(weight),
+        rms_norm_row<KEPT, ALIGNED>(block, static_cast<const T*>(x) + start, static_cast<const T*>(weight),
                                     static_cast<T*>(out) + start, width, eps);
       });
     }
@@ -53,11 +53,11 @@ void gated(const void* gate, const void* up, void* out, int64_t length) {
   }
 }
 
-template <typename T, typename W>
+template <typename T>
 auto rms_norm_of(int kept, int is_aligned) {
-  if (kept == 1) return is_aligned ? rms_norm<1, true, T, W> : rms_norm<1, false, T, W>;
-  if (kept == 2) return is_aligned ? rms_norm<2, true, T, W> : rms_norm<2, false, T, W>;
-  return is_aligned ? rms_norm<4, true, T, W> : rms_norm<4, false, T, W>;
+  if (kept == 1) return is_aligned ? rms_norm<1, true, T> : rms_norm<1, false, T>;
+  if (kept == 2) return is_aligned ? rms_norm<2, true, T> : rms_norm<2, false, T>;
+  return is_aligned ? rms_norm<4, true, T> : rms_norm<4, false, T>;
 }
 
 template <bool ALIGNED>
@@ -69,11 +69,8 @@ auto gated_of(int is_half, int is_silu) {
 }  // namespace
 
 extern "C" void host_rms_norm(const void* x, const void* weight, void* out, int rows, int width, float eps, int is_half,
-                              int weight_is_float, int kept, int is_aligned, int num_threads) {
-  auto run = is_half ? (weight_is_float ? rms_norm_of<__half, float>(kept, is_aligned)
-                                        : rms_norm_of<__half, __half>(kept, is_aligned))
-                     : (weight_is_float ? rms_norm_of<__nv_bfloat16, float>(kept, is_aligned)
-                                        : rms_norm_of<__nv_bfloat16, __nv_bfloat16>(kept, is_aligned));
+                              int kept, int is_aligned, int num_threads) {
+  auto run = is_half ? rms_norm_of<__half>(kept, is_aligned) : rms_norm_of<__nv_bfloat16>(kept, is_aligned);
   run(x, weight, out, rows, width, eps, num_threads);
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.ops.encoder import gated, rms_norm
 
 MAX_DISTANCE = 128
 
@@ -54,8 +55,7 @@ class T5LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class T5Attention(nn.Module):
@@ -100,7 +100,7 @@ class T5FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.fc1(x) * self.gate(x)))
+        return self.fc2(self.dropout(gated(self.gate[0](x), self.fc1(x), "gelu")))
 
 
 class T5RelativeEmbedding(nn.Module):

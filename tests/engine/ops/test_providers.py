@@ -128,3 +128,7 @@ def test_auto_is_off_on_a_cpu_and_a_named_provider_is_refused_with_the_cure(monk
     monkeypatch.setattr(providers, "installed", lambda package: False)
     missing = refusal("triton", H100)
     assert isinstance(missing, MissingPackage) and "pip install triton" in str(missing)
+    if not providers.PROVIDERS["cuda"].unbuilt():
+        return  # compiled here
+    unbuilt = refusal("cuda", H100)
+    assert isinstance(unbuilt, MissingPackage) and "pip install --no-build-isolation" in str(unbuilt)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
-from wan.engine.ops import modulate
+from wan.engine.ops import encoder, modulate
 from wan.engine.ops.attention import installed
 from wan.engine.ops.op import Kernel, Op
 
@@ -48,6 +48,8 @@ class Provider:
     install: str = ""
     errors: Callable[[], tuple[type[Exception], ...]] = lambda: ()
     """What else its kernels may raise."""
+    unbuilt: Callable[[], str] = lambda: ""
+    """What was to be made while installing and is not there, and how to make it."""
 
     def refusal(self, hardware: Hardware) -> WanError | None:
         """Why it cannot serve here, as the error to raise; None where it can."""
@@ -62,6 +64,8 @@ class Provider:
                 f"--kernels {self.name} needs the package {self.package!r}, which is not installed; "
                 f"run pip install {self.install or self.package}, or use --kernels auto or torch"
             )
+        if unbuilt := self.unbuilt():
+            return MissingPackage(f"--kernels {self.name} needs {unbuilt}, or use --kernels auto or torch")
         return None
 
 
@@ -81,9 +85,25 @@ def _triton_errors() -> tuple[type[Exception], ...]:
     return (TritonError,)
 
 
+def _cuda() -> Table:
+    import wan.kernels.fused_cuda as kernels
+
+    return {encoder.rms_norm: kernels.rms_norm, encoder.gated: kernels.gated}
+
+
+def _cuda_unbuilt() -> str:
+    from wan.kernels.fused_cuda import LIBRARY, is_built
+
+    made = "made while installing where nvcc is; run pip install --no-build-isolation -e . in the repository"
+    return "" if is_built() else f"{LIBRARY}, {made}"
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
-    for provider in (Provider(name="triton", load=_triton, min_sm=(8, 0), package="triton", errors=_triton_errors),)
+    for provider in (
+        Provider(name="triton", load=_triton, min_sm=(8, 0), package="triton", errors=_triton_errors),
+        Provider(name="cuda", load=_cuda, min_sm=(8, 0), unbuilt=_cuda_unbuilt),
+    )
 }
 
 AUTO: tuple[str, ...] = tuple(PROVIDERS)

@@ -33,7 +33,7 @@ class Kernels(Optimization):
     grade = "rounding"
     tolerance = 1e-2
     per_call = True
-    kernels: Literal["torch", "auto", "triton"] = option("torch", "who computes norms, residuals and the like")
+    kernels: Literal["torch", "auto", "triton", "cuda"] = option("torch", "who computes norms, residuals and the like")
 
     @property
     def enabled(self) -> bool:
