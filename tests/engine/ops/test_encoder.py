@@ -12,7 +12,7 @@ from wan.modules.t5_layers import T5FeedForward, T5LayerNorm
 
 @torch.no_grad()
 def test_layers_of_the_text_encoder_are_computed_by_the_chosen_kernels() -> None:
-    norm, feed_forward, x = T5LayerNorm(8), T5FeedForward(8, 24), torch.randn(2, 3, 8)
+    norm, feed_forward, x = T5LayerNorm(8), T5FeedForward(8, 24).eval(), torch.randn(2, 3, 8)
     plain = feed_forward(norm(x))
     calls: list[tuple[torch.Size, object]] = []
 
