@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 MAX_WIDTH = 16384
 """Widest row that one program holds in registers."""
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Whether the kernels of this process run in Triton's interpreter, where there need not be a card."""
+
+FUSED = {"enable_fp_fusion": True}
+"""Multiply and add in one rounding: Triton's default so far, which it announces to change, with a warning."""
 
 E4M3_SM = (8, 9)
 """Triton converts to e4m3 from here on."""
 
 
 def served(*tensors: Tensor | None) -> bool:
-    """Whether Triton can work on these where they are; under its interpreter that is anywhere."""
+    """Whether Triton can work on these: rows of numbers, on a card unless they are interpreted."""
     there = [each for each in tensors if each is not None]
-    return (all(each.is_cuda for each in there) or interpreted()) and all(
-        each.is_floating_point() and each.stride(-1) == 1 for each in there
-    )
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    return all((each.is_cuda or INTERPRETED) and each.is_floating_point() and each.stride(-1) == 1 for each in there)
 
 
 def has_e4m3(device: torch.device) -> bool:
     """Whether kernels may write e4m3 there."""
-    return interpreted() or torch.cuda.get_device_capability(device) >= E4M3_SM
+    return INTERPRETED or torch.cuda.get_device_capability(device) >= E4M3_SM
 
 
 def warps(block: int) -> int:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
 from wan.engine.ops.attention import masked, sdpa
-from wan.engine.ops.linear import linear_gelu, project
-from wan.engine.ops.modulate import gated_add, norm_modulate
-from wan.engine.ops.rope import rotate
+from wan.engine.ops.float8 import Quantized
+from wan.engine.ops.linear import gelu_between, norm_before, project
+from wan.engine.ops.modulate import gated_add
+from wan.engine.ops.norms import norm_rotate, rms_norm
 from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
 from wan.engine.types import Condition, Layout, token
 
@@ -42,7 +43,7 @@ __all__ = [
 SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout | None], Tensor]
-Enter = Callable[[Tensor, "BlockInputs"], Tensor]
+Enter = Callable[[Tensor, "BlockInputs"], Tensor | Quantized]
 Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
 RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Any]
 """What comes back is what the block returns: tokens, or for an adapter's block what its adapter expects."""
@@ -153,9 +154,7 @@ class WanRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype == self.weight.dtype == torch.float32:
-            return F.rms_norm(x, (self.dim,), self.weight, self.eps)
-        return F.rms_norm(x, (self.dim,), eps=self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class WanLayerNorm(nn.LayerNorm):
@@ -198,20 +197,15 @@ class WanSelfAttention(nn.Module):
 
     def normed(self, x: Tensor, norm: nn.Module, rope: Tensor | None = None) -> Tensor:
         """The heads [B, L, N, D / N] of a projection just made, normed and turned by `rope`; may be written over it."""
+        weight = norm.weight if isinstance(norm, WanRMSNorm) else None
+        return norm_rotate(x, weight, rope, self.num_heads, self.eps)
 
-        def part(at: slice) -> Tensor:
-            heads = self.heads(norm(x[:, at]))
-            return heads if rope is None else rotate(heads, rope[at])
-
-        into = self.heads(x)
-        return in_runs(part, into, x.dtype, into)
-
-    def keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+    def keys(self, x: Tensor | Quantized, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
         """Keys and values [B, L, N, D / N] of the tokens that enter."""
         k, v = project(x, self.k, self.v)
         return self.normed(k, self.norm_k, inputs.rope), self.heads(v)
 
-    def queries(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def queries(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         """Queries [B, L, N, D / N] of the tokens that enter."""
         return self.normed(self.q(x), self.norm_q, inputs.rope)
 
@@ -222,7 +216,7 @@ class WanSelfAttention(nn.Module):
         projected: Tensor = self.o(out.flatten(2).to(inputs.context.dtype))
         return projected
 
-    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         q, k, v = project(x, self.q, self.k, self.v)
         del x  # as below: each is as large as the tokens, and not needed any more
         q = self.normed(q, self.norm_q, inputs.rope)
@@ -237,7 +231,7 @@ class WanCrossAttention(WanSelfAttention):
 
     role = "cross"
 
-    def keys(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
+    def keys(self, x: Tensor | Quantized, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, whatever tokens enter."""
         return self.keys_of(inputs.context)
 
@@ -246,10 +240,10 @@ class WanCrossAttention(WanSelfAttention):
         k, v = project(context, self.k, self.v)
         return self.normed(k, self.norm_k), self.heads(v)
 
-    def queries(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def queries(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         return self.normed(self.q(x), self.norm_q)
 
-    def forward(self, x: Tensor, inputs: BlockInputs) -> Tensor:
+    def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         q = self.queries(x, inputs)
         k, v = self.keys(x, inputs)
         del x
@@ -285,10 +279,10 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
 
-    def forward(self, x: Tensor, inputs: BlockInputs | None = None) -> Tensor:
+    def forward(self, x: Tensor | Quantized, inputs: BlockInputs | None = None) -> Tensor:
         """`inputs` is not looked at: all layers of a block are called alike."""
         expand, _, contract = self
-        hidden = linear_gelu(x, expand)
+        hidden = gelu_between(x, expand, contract)
         del x
         out: Tensor = contract(hidden)
         return out
@@ -329,8 +323,9 @@ class WanAttentionBlock(nn.Module):
         return tokens
 
     def self_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        enter, leave = self._modulated(shift, scale, gate)
-        return self.around_attention(self.self_attn, tokens, inputs, enter, leave)
+        attention = self.self_attn
+        enter, leave = self._modulated(shift, scale, gate, (attention.q, attention.k, attention.v))
+        return self.around_attention(attention, tokens, inputs, enter, leave)
 
     def cross_part(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor:
@@ -342,14 +337,16 @@ class WanAttentionBlock(nn.Module):
         return self.around_attention(self.cross_attn, tokens, inputs, enter, leave)
 
     def ffn_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        enter, leave = self._modulated(shift, scale, gate)
+        enter, leave = self._modulated(shift, scale, gate, (self.ffn[0],))
         return self.around_ffn(self.ffn, tokens, inputs, enter, leave)
 
-    def _modulated(self, shift: Tensor, scale: Tensor, gate: Tensor) -> tuple[Enter, Leave]:
-        """How a layer is joined to the residual stream by the rows of a timestep."""
+    def _modulated(
+        self, shift: Tensor, scale: Tensor, gate: Tensor, layers: Iterable[nn.Module]
+    ) -> tuple[Enter, Leave]:
+        """How a layer that begins with these `layers` is joined to the residual stream by the rows of a timestep."""
 
-        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor:
-            return norm_modulate(tokens, shift, scale, inputs.rows, self.eps, inputs.context.dtype)
+        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor | Quantized:
+            return norm_before(layers, tokens, shift, scale, inputs.rows, self.eps, inputs.context.dtype)
 
         def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
             return gated_add(tokens, y, gate, inputs.rows)

@@ -6,13 +6,16 @@ Source: Micikevicius et al. 2022, arXiv:2209.05433.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from wan.engine.ops.op import Draw, op
+from wan.engine.ops.rows import may_write
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -24,10 +27,36 @@ PIECE = 2**24
 """Weights are quantised this many elements at a time: what it takes beside them stays small."""
 
 
+class Quantized(NamedTuple):
+    """Rows that enter a linear layer, quantised already, and the dtype they had."""
+
+    codes: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+
+def _examples(draw: Draw) -> list[tuple[Tensor]]:
+    return [(draw(2, 3, 1536, dtype=torch.bfloat16),), (draw(5, 384) * 1e-3,)]
+
+
+@op(examples=_examples, tolerance=5e-3)
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of x [..., D] as e4m3 codes and float32 scales [..., 1]."""
     scale = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp(min=TINY)
     return (x / scale).to(E4M3), scale
+
+
+@op(examples=_examples, tolerance=5e-3)
+def quantize_gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of x's tanh-GELU; x may be written."""
+    return quantize_rows.definition(gelu_over(x))
+
+
+def gelu_over(x: Tensor) -> Tensor:
+    """tanh-GELU of x, written over it where that is allowed."""
+    if may_write():
+        return torch.ops.aten.gelu_(x, approximate="tanh")
+    return F.gelu(x, approximate="tanh")
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +180,9 @@ class Float8Linear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.bias = layer.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
+        if isinstance(x, Quantized):
+            return self.product(*x)
         if self.scaled:
             return self.product(*quantize_rows(x), x.dtype)
         return F.linear(x, expand_rows(self.weight, self.weight_scale, x.dtype), self.bias)
@@ -165,3 +196,8 @@ class Float8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, scaled={self.scaled}"
+
+
+def all_scaled(layers: Iterable[object]) -> bool:
+    """Whether all of these layers multiply in 8 bits, and may be given `Quantized` rows."""
+    return all(isinstance(layer, Float8Linear) and layer.scaled for layer in layers)

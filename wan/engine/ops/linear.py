@@ -2,52 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.float8 import Float8Linear, quantize_rows
+from wan.engine.ops.float8 import Quantized, all_scaled, gelu_over, quantize_gelu, quantize_rows
+from wan.engine.ops.modulate import norm_modulate, norm_modulate_quantize
+from wan.engine.ops.op import Draw, op
 from wan.engine.ops.rows import may_write
 
 
-def project(x: Tensor, *layers: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+def project(x: Tensor | Quantized, *layers: Callable[..., Tensor]) -> tuple[Tensor, ...]:
     """What every layer makes of `x`, in order. Layers that multiply in 8 bits share one quantised `x`."""
-    scaled = [layer for layer in layers if isinstance(layer, Float8Linear) and layer.scaled]
-    if len(scaled) == len(layers):
-        codes, scale = quantize_rows(x)
-        return tuple(layer.product(codes, scale, x.dtype) for layer in scaled)
+    if not isinstance(x, Quantized) and all_scaled(layers):
+        x = Quantized(*quantize_rows(x), x.dtype)
     return tuple(layer(x) for layer in layers)
 
 
-def linear_gelu(x: Tensor, layer: nn.Module) -> Tensor:
+def norm_before(
+    layers: Iterable[object],
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor | Quantized:
+    """`norm_modulate` for what these layers read, quantised where all of them multiply in 8 bits."""
+    if all_scaled(layers):
+        return Quantized(*norm_modulate_quantize(x, shift, scale, rows, eps, dtype), dtype)
+    return norm_modulate(x, shift, scale, rows, eps, dtype)
+
+
+def gelu_between(x: Tensor | Quantized, expand: nn.Module, contract: nn.Module) -> Tensor | Quantized:
+    """tanh-GELU of `expand(x)`, quantised where `contract`, which reads it, multiplies in 8 bits as `expand` does."""
+    if not all_scaled((expand, contract)):
+        return linear_gelu(x, expand)
+    hidden: Tensor = expand(x)
+    return Quantized(*quantize_gelu(hidden), hidden.dtype)
+
+
+def _examples(draw: Draw) -> list[tuple[Any, ...]]:
+    layer = nn.Linear(64, 192, device="meta")
+    layer.weight = nn.Parameter(draw(192, 64, dtype=torch.bfloat16), requires_grad=False)
+    layer.bias = nn.Parameter(draw(192, dtype=torch.bfloat16), requires_grad=False)
+    return [(draw(2, 40, 64, dtype=torch.bfloat16) * 0.1, layer)]
+
+
+@op(examples=_examples, tolerance=1e-2)
+def linear_gelu(x: Tensor | Quantized, layer: nn.Module) -> Tensor:
     """tanh-GELU of `layer(x)`, written over it where that is allowed: in a feed-forward nothing is larger.
 
     PyTorch's tanh-GELU on a CPU takes half as long as the matrix product before it; oneDNN computes both at once.
     """
-    if _fusable(x, layer):
+    if isinstance(x, Tensor) and x.device.type == "cpu" and _plain(layer, x) and _has_fused_gelu(x.dtype):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "tanh")
         return fused
-    hidden = layer(x)
-    if may_write():
-        return torch.ops.aten.gelu_(hidden, approximate="tanh")
-    return F.gelu(hidden, approximate="tanh")
+    return gelu_over(layer(x))
 
 
-def _fusable(x: Tensor, layer: nn.Module) -> bool:
+def linear_gelu_cublas(x: Tensor | Quantized, layer: nn.Module) -> Tensor:
+    """`linear_gelu` as the end of cuBLASLt's matrix product: the hidden layer is rounded once and written once."""
+    if isinstance(x, Tensor) and x.is_cuda and _plain(layer, x) and layer.bias is not None:
+        flat = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
+        return flat.unflatten(0, x.shape[:-1])
+    return NotImplemented
+
+
+def _plain(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain Linear whose product with `x` nobody traces, differentiates or listens to."""
     return (
-        x.device.type == "cpu"
-        and type(layer) is nn.Linear
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
+        type(layer) is nn.Linear
+        and may_write()
+        and not torch.is_autocast_enabled(x.device.type)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and type(layer.weight) is nn.Parameter
         and x.dtype == layer.weight.dtype
-        and _has_fused_gelu(x.dtype)
     )
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.engine.ops.float8 import quantize_rows
 from wan.engine.ops.op import Draw, op
 from wan.engine.ops.rows import accumulate, in_runs, may_write, run_length, runs
 
@@ -64,6 +65,19 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) ->
     for at in runs(x.shape[1], run_length(x)):
         x[:, at].addcmul_(y[:, at], pick(gate, rows, at))
     return x
+
+
+@op(examples=lambda draw: [(x, *tables) for x, _, _, *tables in _examples(draw)], tolerance=5e-3)
+def norm_modulate_quantize(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    rows: Tensor | None = None,
+    eps: float = 1e-6,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of `norm_modulate`: codes and scales."""
+    return quantize_rows.definition(norm_modulate.definition(x, shift, scale, rows, eps, dtype))
 
 
 @op(examples=_examples, tolerance=1e-3)

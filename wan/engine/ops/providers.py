@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
-from wan.engine.ops import encoder, modulate
+from wan.engine.ops import encoder, float8, linear, modulate, norms
 from wan.engine.ops.attention import installed
 from wan.engine.ops.op import Kernel, Op
 
@@ -70,12 +70,19 @@ class Provider:
 
 
 def _triton() -> Table:
-    import wan.kernels.modulate as kernels
+    import wan.kernels.modulate as modulating
+    import wan.kernels.quantize as quantizing
+    import wan.kernels.rope as turning
 
     return {
-        modulate.norm_modulate: kernels.norm_modulate,
-        modulate.gated_add: kernels.gated_add,
-        modulate.gated_add_norm: kernels.gated_add_norm,
+        modulate.norm_modulate: modulating.norm_modulate,
+        modulate.norm_modulate_quantize: modulating.norm_modulate_quantize,
+        modulate.gated_add: modulating.gated_add,
+        modulate.gated_add_norm: modulating.gated_add_norm,
+        norms.norm_rotate: turning.norm_rotate,
+        float8.quantize_rows: quantizing.quantize_rows,
+        float8.quantize_gelu: quantizing.quantize_gelu,
+        linear.linear_gelu: linear.linear_gelu_cublas,
     }
 
 
