@@ -94,6 +94,23 @@ def test_flags_win_over_the_budget_and_the_budget_over_the_preset() -> None:
     assert roomy.reasons["offload_model"] == "budget: there is room"
 
 
+def test_weights_in_8_bits_are_chosen_by_name_alone_and_kept_where_a_preset_says_them(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.SMALL", ["--task", "t2v-14B", *SMALL[2:]])
+    tight = ["--vram_budget", "4.6GB"]
+    with pytest.raises(IncompatibleOptions, match="Give --vram_budget 5"):
+        planned(*tight)
+    allowed = planned(*tight, "--fp8", "auto")[0]
+    assert allowed.values()["fp8"] == "weight" and allowed.reasons["fp8"].startswith("budget: ")
+    assert "fp8" not in planned("--vram_budget", "32GB")[0].reasons
+    preset = tmp_path / "mine.toml"
+    preset.write_text('fp8 = "scaled"\n')
+    plan, found, _ = planned("--vram_budget", "32GB", "--preset", str(preset))
+    assert plan.values()["fp8"] == found.values["fp8"] == "scaled"
+    assert plan.reasons["fp8"] == "preset mine"
+
+
 def test_auto_plans_for_what_is_free_and_nothing_else_does() -> None:
     assert budget_of(arguments(), CARD, "none") is None
     auto = budget_of(arguments(), CARD, "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from wan.conditioning.geometry import parse_size as parse_video_size
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 from wan.engine.budget import CHOSEN, Planner, Wishes, describe_budget
 from wan.engine.errors import IncompatibleOptions
+from wan.engine.optimizations import FP8
 from wan.engine.prediction import PLAIN, Models, Video, predict
 from wan.engine.roofline import CARDS, GB
 from wan.sizes import models_of
@@ -126,3 +128,23 @@ def test_compiled_blocks_and_kept_steps_need_room_of_their_own() -> None:
     assert needed(compile=True) - plain == 4 * n
     assert needed(cache="mag") - plain == needed(cache="tea") - plain == (4 + 2 * 2) * n
     assert needed(cache="easy") == plain
+
+
+def test_8_bits_are_chosen_where_nothing_else_fits() -> None:
+    task = "t2v-14B"
+    both = models_of(dummy_components(WAN_CONFIGS[task]), float8=FP8(fp8="weight"))
+    net, coded = both.transformer, both.float8
+    assert coded is not None
+    weights = 40 * (8 * 5120**2 + 2 * 5120 * 13824)
+    rows = 40 * (9 * 5120 + 13824)
+    assert (coded.coded, net.num_bytes - coded.num_bytes) == (weights, weights - 4 * rows)
+
+    small, ram = video(task, "832*480"), 60 * GB
+    allowed, plain = (Planner(each, small, CARD, replace(EVERYTHING, ram=ram)) for each in (both, models(task)))
+    least = allowed.choose(allowed.least())
+    assert least.values["fp8"] == "weight" and allowed.least() < plain.least()
+    for budget in (plain.least(), 16 * GB, 48 * GB):  # swapping costs little here
+        assert allowed.choose(budget).values == plain.choose(budget).values
+    short_of_ram = Planner(both, small, CARD, replace(EVERYTHING, ram=25 * GB)).choose(16 * GB)
+    assert short_of_ram.values["fp8"] == "weight" and short_of_ram.host_bytes <= 25 * GB
+    assert short_of_ram.reasons["fp8"].startswith("else ")

@@ -6,7 +6,7 @@ Flags win over what is chosen, what is chosen wins over the preset.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +16,9 @@ from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
+from wan.engine.optimizations import FP8, T5FP8, LoRA, Precision
 from wan.engine.plan import Plan, options
-from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Models, Prediction, Video
+from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
 from wan.engine.roofline import card_for, card_of
 from wan.sizes import models_of
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from wan.cli.request import Wanted
     from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization
+    from wan.engine.types import Component
     from wan.layouts import CheckpointFiles
 
 
@@ -133,6 +135,11 @@ def planner_of(
     """What chooses for this job; `video` replaces the one that is wanted."""
     names = {o.name for o in options(registry)} & PLAIN.keys()
     pinned = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "auto")}
+    fp8 = plan.get(FP8)
+    if fp8.enabled:
+        pinned["fp8"] = fp8.fp8  # a preset's too: what changes the picture is nobody's but the user's to choose
+    elif not fp8.allowed:
+        names -= {"fp8"}
     wishes = Wishes(
         available=frozenset(names), pinned=pinned, ram=available_ram() if hardware.is_cuda else None,
         others={name: value for name, value in plan.values().items() if name in PLAIN},
@@ -143,22 +150,36 @@ def planner_of(
 
 def models_for(wanted: Wanted, plan: Plan) -> Models:
     """The sizes of the networks of a job, from the headers of its files, or the task's where they are not there yet."""
-    dtype = plan.values().get("param_dtype")
+    storing = tuple(each for each in (plan.get(Precision), plan.get(T5FP8)) if each.enabled)
     checkpoint = None if wanted.load_format == "dummy" else wanted.checkpoint
-    return _models(wanted.task, checkpoint, wanted.files, wanted.repository is not None, dtype)
+    components, models = _models(
+        wanted.task, checkpoint, wanted.files, wanted.repository is not None, storing, plan.get(FP8).in_8_bits()
+    )
+    return replace(models, lora=_beside(plan, components, storing))
 
 
 @lru_cache(maxsize=4)
-def _models(task: str, folder: Path | None, files: CheckpointFiles | None, remote: bool, dtype: str | None) -> Models:
-    import torch
-
+def _models(
+    task: str,
+    folder: Path | None,
+    files: CheckpointFiles | None,
+    remote: bool,
+    storing: tuple[Optimization, ...],
+    float8: Optimization | None,
+) -> tuple[tuple[Component, ...], Models]:
     try:
         components = components_of(task, folder, files)
     except BadCheckpoint:
         if not remote:
             raise
         components = components_of(task, None)
-    return models_of(components, param_dtype=None if dtype is None else getattr(torch, dtype))
+    return tuple(components), models_of(components, storing, float8=float8)
+
+
+def _beside(plan: Plan, components: Iterable[Component], storing: Iterable[Optimization]) -> Beside:
+    """What LoRAs keep beside an expert, of several beside the one with most."""
+    found = [plan.get(LoRA).beside(component, storing) for component in components if component.is_expert]
+    return max(found, key=lambda each: each.host)
 
 
 def video_of(wanted: Wanted) -> Video:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli.checkpoint import components_of
 from wan.engine.errors import BadCheckpoint
+from wan.engine.optimizations import LoRA
 from wan.engine.options import options_of
 
 if TYPE_CHECKING:
@@ -46,7 +47,31 @@ def network_lines(job: Job) -> list[str]:
         return [*lines, f"weights of {wanted.repository.name} are known once they are downloaded"]
     sizes = {component.name: _stored_bytes(component, job.plan) for component in components}
     said = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in sizes.items())
-    return [*lines, f"weights {said}; {sum(sizes.values()) / 2**30:.2f} GiB in all"]
+    lines.append(f"weights {said}; {sum(sizes.values()) / 2**30:.2f} GiB in all")
+    return [*lines, *_lora_lines(components, job.plan)]
+
+
+def _lora_lines(components: Iterable[Component], plan: Plan) -> Iterator[str]:
+    """What LoRAs take beside each expert, counted from headers."""
+    lora = plan.get(LoRA)
+    if not lora.paths:
+        return
+    if lora.mode == "merge":
+        yield "LoRA    merged while the weights are read: takes nothing beside them"
+        return
+    for component in components:
+        if component.is_expert:
+            blocks = len(component.build().all_blocks())  # type: ignore[operator]
+            found = lora.beside(component, plan.enabled())
+            yield (
+                f"LoRA    {component.name}: {_mib(found.host)} in RAM, {_mib(found.on_card(blocks, 0))} on the GPU, of "
+                f"which {_mib(found.in_block)} come and go with each of {blocks} blocks; {_mib(found.for_call)} more "
+                "while a block computes"
+            )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
 
 
 def _stored_bytes(component: Component, plan: Plan) -> int:

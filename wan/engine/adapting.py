@@ -79,10 +79,9 @@ class _Patch:
 
     def changed(self, strengths: Sequence[float]) -> Tensor:
         base = self.tensor.data
-        total = base.float()
+        total = base.to(torch.float32, copy=True)
         for number, delta in self.deltas:
-            dense = delta.to(base.device).dense().view(base.shape)
-            total = torch.add(total, dense, alpha=strengths[number])
+            delta.to(base.device).add_to(total, strengths[number])
         return total.to(base.dtype)
 
 
@@ -118,7 +117,7 @@ class Adapted:
         self._device = device
         self._visits = visits or self._rests_elsewhere
         self._tensors: dict[str, Tensor] = module.state_dict(keep_vars=True)
-        self._block_of = dict(_blocks_by_key(module, self._tensors))
+        self._block_of = dict(blocks_by_key(module, self._tensors))
         self._used: list[_Identity] = []
         self._read: dict[_Identity, dict[str, Delta]] = {}
         self._strengths: tuple[float, ...] = ()
@@ -210,7 +209,7 @@ class Adapted:
     def _kept(self, key: str, delta: Delta) -> Delta:
         """`delta` in RAM, whence it is copied to the device without waiting; as it will be computed with."""
         if delta.down is not None and delta.up is not None and self._goes_beside(key, delta):
-            dtype = _compute_dtype(self._tensors, key)
+            dtype = compute_dtype(self._tensors, key)
             delta = Delta(delta.down.to(dtype), (delta.up.float() * delta.scale).to(dtype))
         down, up, diff = (None if t is None else self._pinned(t) for t in (delta.down, delta.up, delta.diff))
         return Delta(down, up, delta.scale, diff)
@@ -283,7 +282,7 @@ class Adapted:
         return next(block.parameters()).device.type != self._device.type
 
 
-def _blocks_by_key(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+def blocks_by_key(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     """The block of each of `keys` that belongs to one."""
     blocks = set(module.all_blocks())  # type: ignore[operator]
     prefixes = {f"{name}.": part for name, part in module.named_modules() if part in blocks}
@@ -298,7 +297,7 @@ def _joined(tensors: Sequence[Tensor | None], dim: int) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found, dim)
 
 
-def _compute_dtype(tensors: Mapping[str, Tensor], key: str) -> torch.dtype:
+def compute_dtype(tensors: Mapping[str, Tensor], key: str) -> torch.dtype:
     """What a layer computes in: the dtype of its weight, or of its bias where the weight is quantised."""
     bias = tensors.get(key.removesuffix("weight") + "bias")
     found = (tensor.dtype for tensor in (tensors[key], bias) if tensor is not None)

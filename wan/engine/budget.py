@@ -22,12 +22,14 @@ STEP = GB // 10
 """Budgets are told in these."""
 MARGIN_BYTES = 3 * GB // 10
 """What is left to other processes, beside what they use, where nothing else is said."""
+LOSSY = 1.05
+"""What keeps weights in 8 bits is chosen where all else takes that much longer, or does not fit."""
 FEWEST_ROWS = 4096
 """Fewer rows at a time would no longer fill a card."""
 
 SAVERS = (
     "offload_model", "vae_cpu", "t5_cpu", "stream_t5", "block_swap", "ffn_rows", "attention_rows", "vae_tiling",
-    "vae_tile_size",
+    "vae_tile_size", "fp8",
 )  # fmt: skip
 CHOSEN = (*SAVERS, "use_batched_cfg")
 """The options it chooses; of the others it takes what the plan has."""
@@ -100,7 +102,8 @@ class Planner:
     def _cost(self, found: Prediction) -> tuple[bool, float, int]:
         lacks_ram = self.wishes.ram is not None and found.host_bytes > self.wishes.ram
         changed = sum(found.values[name] != plain for name, plain in PLAIN.items())
-        return lacks_ram, round(found.total_seconds, 3), changed
+        seconds = found.total_seconds * (LOSSY if found.values["fp8"] != PLAIN["fp8"] else 1)
+        return lacks_ram, round(seconds, 3), changed
 
     def _candidates(self) -> Iterator[dict[str, Any]]:
         """Every combination but for the number of swapped blocks, which follows from the budget."""
@@ -120,6 +123,7 @@ class Planner:
             ],
             [{"use_batched_cfg": False}, {"use_batched_cfg": True}],
             [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile_size": tile} for tile in TILES)],
+            [{"fp8": "off"}, *([] if self.models.float8 is None else [{"fp8": "weight"}])],
         )
         for rungs in itertools.product(*map(self._allowed, ladders)):
             yield {name: value for rung in rungs for name, value in rung.items()}

@@ -47,14 +47,38 @@ DECODE_PIXELS = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Bytes that LoRAs keep beside an expert's weights, where these are not changed while they are read.
+
+    On the card: `outside` the blocks and `in_block`, of a block on average, as long as what they belong to is there;
+    `for_call` while a block computes. In RAM: `host`. `elements` are the numbers of all thin matrices.
+    """
+
+    outside: int = 0
+    in_block: int = 0
+    for_call: int = 0
+    host: int = 0
+    elements: int = 0
+
+    def on_card(self, resident: int, swapped: int) -> int:
+        """With so many blocks that stay and that come for their call alone; what is for a call is not in it."""
+        return self.outside + self.in_block * (resident + bool(swapped))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Models:
-    """The sizes of a checkpoint: `experts` transformers of one size, the encoders, the VAE."""
+    """The sizes of a checkpoint: `experts` transformers of one size, the encoders, the VAE, LoRAs beside each expert.
+
+    `float8` is the transformer as `--fp8` keeps it, where that may be.
+    """
 
     transformer: Transformer
     text: TextEncoder
     vae: VAE
     experts: int = 1
     clip_bytes: int = 0
+    float8: Transformer | None = None
+    lora: Beside = Beside()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +110,7 @@ class Video:
 PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
-    "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off",
+    "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off", "fp8": "off",
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -137,15 +161,20 @@ class Prediction:
 def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any]) -> Prediction:
     """What running with these option values needs; an option that is not given is plain."""
     given = {name: plain if values.get(name) is None else values[name] for name, plain in PLAIN.items()}
-    models = _with_vae(models, given["vae_dtype"])
+    models = _with_vae(_with_fp8(models, given["fp8"]), given["vae_dtype"])
     swapped = _count(given["block_swap"], models)
     dit_bytes = _on_card(models.transformer, swapped, given["prefetch_blocks"])
-    stays = _staying(models, given, dit_bytes)
+    beside = models.lora.on_card(models.transformer.swappable - swapped, swapped)
+    stays = _staying(models, given, dit_bytes, beside)
     denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
     decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given))
     used = {
         "text": {"text encoder": _text_on_card(models.text, given)},
-        "denoise": {"transformer": dit_bytes, **_activations(models, video, given)},
+        "denoise": {
+            "transformer": dit_bytes,
+            "LoRA": stays.get("LoRA", beside) + models.lora.for_call,
+            **_activations(models, video, given),
+        },
         "decode": {"VAE": models.vae.num_bytes, "frames": decode_bytes},
     }
     seconds = {
@@ -170,6 +199,14 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
 
 
 @lru_cache
+def _with_fp8(models: Models, mode: str) -> Models:
+    if mode not in ("weight", "scaled"):
+        return models
+    assert models.float8 is not None, "sizes in 8 bits are told where they may be chosen"
+    return replace(models, transformer=replace(models.float8, scaled=mode == "scaled"))
+
+
+@lru_cache
 def _with_vae(models: Models, dtype: str) -> Models:
     vae = models.vae
     if dtype == "fp32" or vae.element_size == 2:
@@ -188,13 +225,14 @@ def _on_card(net: Transformer, swapped: int, prefetched: int) -> int:
     return net.num_bytes - int(swapped * net.swapped_bytes) + min(swapped, 1 + prefetched) * net.block_bytes
 
 
-def _staying(models: Models, given: Mapping[str, Any], dit_bytes: int) -> dict[str, int]:
+def _staying(models: Models, given: Mapping[str, Any], dit_bytes: int, beside: int) -> dict[str, int]:
     """Networks that are on the card in every stage, whether it needs them or not."""
     stays = {} if given["vae_cpu"] else {"VAE": models.vae.num_bytes}
     if not given["offload_model"]:
         stays["transformer"] = dit_bytes
         if models.experts > 1:
             stays["other experts"] = (models.experts - 1) * dit_bytes
+        stays["LoRA"] = models.experts * beside
         stays["image encoder"] = models.clip_bytes
         stays["text encoder"] = _text_on_card(models.text, given)
     return {name: size for name, size in stays.items() if size}
@@ -232,6 +270,7 @@ def _batch(video: Video, given: Mapping[str, Any]) -> int:
 def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
     net, away = models.transformer, bool(given["offload_model"])
     dits = models.experts * (net.num_bytes if away else swapped * int(net.swapped_bytes))
+    dits += models.experts * models.lora.host
     text = models.text.num_bytes if away or given["t5_cpu"] or given["stream_t5"] else 0
     return dits + text + (models.clip_bytes if away else 0) + (models.vae.num_bytes if given["vae_cpu"] else 0)
 
@@ -254,6 +293,7 @@ def _denoise_seconds(
     batch = _batch(video, given)
     net, tokens = models.transformer, video.tokens(models)
     computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
+    computed += 2 * batch * tokens * models.lora.elements / (GEMM * card.bf16)
     copied = swapped * net.swapped_bytes / card.copy_rate
     busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
     return max(busy, copied) * math.ceil(video.forwards / batch), computed

@@ -105,7 +105,8 @@ class Transformer:
     """Sizes of one expert. `num_blocks` counts side blocks too; `block_bytes` is a block's share of `num_bytes`.
 
     `blocks_bytes` are those of all that can be swapped, smaller ones among them, and None where all are alike.
-    `side_streams` are residual streams beside the main one.
+    `side_streams` are residual streams beside the main one. `coded` weights are kept in 8 bits: made anew for every
+    forward, or, `scaled`, multiplied so.
     """
 
     dim: int
@@ -123,6 +124,8 @@ class Transformer:
     side_streams: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
     element_size: int = 2
+    coded: int = 0
+    scaled: bool = False
 
     @property
     def swappable(self) -> int:
@@ -167,13 +170,16 @@ def forward_seconds(net: Transformer, tokens: int, card: Card, *, batch: int = 1
     cost = forward(net, tokens, compiled=compiled)
     rate = card.bf16 if net.element_size == 2 else card.tf32
     busy = (
-        cost.linear / (GEMM * rate)
+        cost.linear / (GEMM * (card.fp8 if net.scaled and card.fp8 else rate))
         + cost.attention / (ATTENTION * rate)
         + cost.cross_attention / (CROSS_ATTENTION * rate)
         + cost.moved_bytes / (HBM * card.hbm)
     )
+    made = 0 if net.scaled else net.coded * (1 + 2 * net.element_size)  # codes read, numbers written and read
     weights = net.num_bytes / (HBM * card.hbm)
-    return max(batch * busy, weights, net.num_blocks * (COMPILED_LAUNCH_S if compiled else LAUNCH_S))
+    return max(
+        batch * busy + made / (HBM * card.hbm), weights, net.num_blocks * (COMPILED_LAUNCH_S if compiled else LAUNCH_S)
+    )
 
 
 # The text encoder ----------------------------------------------------------------------------------------------------
@@ -181,7 +187,10 @@ def forward_seconds(net: Transformer, tokens: int, card: Card, *, batch: int = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder:
-    """Sizes of umT5's encoder; its embedding table is what its layers leave of `num_bytes`."""
+    """Sizes of umT5's encoder; its embedding table is what its layers leave of `num_bytes`.
+
+    `element_size` is that of its layers' weights as they are kept.
+    """
 
     num_bytes: int
     num_layers: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -34,8 +34,23 @@ class FP8(Optimization):
     order = Order.QUANTIZE
     grade = "lossy"
     tolerance = 0.2
-    fp8: Literal["off", "weight", "scaled"] = option("off", "keep the blocks' weights in 8 bits, or multiply in 8 bits")
+    fp8: Literal["off", "weight", "scaled", "auto"] = option(
+        "off", "keep the blocks' weights in 8 bits, or multiply in 8 bits; auto: the first where a memory budget gains"
+    )
     fp8_keep: str | None = option(None, "layers of the blocks to keep: names or patterns, as blocks.0.*,*.ffn.2")
+
+    @property
+    def enabled(self) -> bool:
+        return self.fp8 in ("weight", "scaled")
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a memory budget may choose it."""
+        return self.fp8 == "auto"
+
+    def in_8_bits(self) -> FP8 | None:
+        """What it is, or would be where a memory budget chooses it; None where it may not."""
+        return replace(self, fp8="weight") if self.allowed else self if self.enabled else None
 
     def check(self, hardware: Hardware) -> None:
         if self.fp8 != "scaled" or not hardware.is_cuda:

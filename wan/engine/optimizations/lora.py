@@ -18,13 +18,16 @@ from torch import Tensor, nn
 
 from wan.engine.accounting import Trunk
 from wan.engine.adapting import Adapted, Counts
+from wan.engine.beside import beside_of
+from wan.engine.engine import on_meta
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.placement import Policy
 from wan.engine.plan import Optimization, Order
+from wan.engine.prediction import Beside
 from wan.engine.sampling.schedule import span
-from wan.engine.types import EXPERTS, Condition, Denoiser, Segment, Step
+from wan.engine.types import EXPERTS, Component, Condition, Denoiser, Segment, Step
 from wan.engine.weights.lora import LoRAFile, merged, open_lora
 
 if TYPE_CHECKING:
@@ -117,6 +120,13 @@ class LoRA(Optimization):
             logging.getLogger(__name__).info(
                 "LoRA %s -> %s: %s, strength %g", given.path.name, name, lora.counts(), given.strength
             )
+
+    def beside(self, component: Component, active: Iterable[Optimization] = ()) -> Beside:
+        """What its files keep beside an expert whose weights are stored as `active` has it. Reads headers."""
+        files = [lora for lora, _ in self._files(component.name)]
+        if not files or self.mode not in AT_RUN_TIME:
+            return Beside()
+        return beside_of(on_meta(component, active), files, dense=self.mode == "stream")
 
     def transform(self, weights: Iterable[tuple[str, Tensor]], name: str) -> Iterable[tuple[str, Tensor]]:
         files = self._files(name) if name in EXPERTS else []

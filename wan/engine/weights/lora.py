@@ -50,6 +50,14 @@ class Delta:
             return self.diff.float() * self.scale
         return torch.mm(self.up.float(), self.down.float()) * self.scale
 
+    def add_to(self, total: Tensor, strength: float) -> None:
+        """Add it in place, with no second tensor of that size."""
+        if self.down is None or self.up is None:
+            assert self.diff is not None, "a change is a pair or a difference"
+            total.add_(self.diff.view(total.shape), alpha=strength * self.scale)
+        else:
+            total.view(len(total), -1).addmm_(self.up.float(), self.down.float(), alpha=strength * self.scale)
+
     def to(self, device: torch.device) -> Delta:
         """The same where it is needed; does not wait."""
         moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.down, self.up, self.diff))
@@ -139,6 +147,21 @@ class LoRAFile:
     def changes(self, key: str) -> bool:
         """Whether our weight `key` is changed."""
         return target_of(key) in self._changes
+
+    def is_pair(self, key: str) -> bool:
+        """Whether our weight `key`, which is changed, gets the product of two thin matrices."""
+        return "down" in self._changes[target_of(key)].keys
+
+    def numbers(self, key: str, shape: Sequence[int]) -> int:
+        """How many numbers make the change of our weight `key` of this shape."""
+        if not self.is_pair(key):
+            return math.prod(shape)
+        rank = self._shapes[self._changes[target_of(key)].keys["up"]][1]
+        return rank * (shape[0] + math.prod(shape[1:]))
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype in which the file has the change of our weight `key`."""
+        return self._weights.dtypes()[next(iter(self._changes[target_of(key)].keys.values()))]
 
     def added(self, key: str, tensor: Tensor, strength: float) -> Tensor:
         """The weight `key` with its change added, in float32; `tensor` itself where there is none."""
