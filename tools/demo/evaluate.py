@@ -6,7 +6,6 @@ Beside the model stand the two bounds of the judge: the rendered clip of the sam
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -16,22 +15,13 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from wan.cli.benchmarking.intervals import wilson
 from wan.cli.judge import judge
 
 from . import scenes
 
 ATTRIBUTES = ("color", "shape", "motion", "size", "speed", "tone", "texture")
 ROWS = ("model", "ground truth", "VAE reconstruction")
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share."""
-    if count == 0:
-        return 0.0, 1.0
-    share = hits / count
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
 
 
 def evaluate(folder: Path, split: str, count: int, seed: int, guide_scale: float | None = None) -> dict[str, Any]:

@@ -18,10 +18,11 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from wan.cli.benchmarking.intervals import wilson
 from wan.cli.judge import judge
 
 from . import scenes
-from .evaluate import cell, wilson
+from .evaluate import cell
 
 LABELS = {
     "i2v": "i2v, object not named",

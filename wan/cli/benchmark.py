@@ -36,9 +36,14 @@ def build_parser() -> Parser:
     )
     modes = (
         "baseline: only the flags that say where networks live; optimized: all flags and --preset (default auto); "
-        "matrix: what --matrix says"
+        "matrix: what --matrix says; quality: what every optimisation that is not bitwise gains and loses"
     )
-    parser.add_argument("--mode", choices=("baseline", "optimized", "both", "matrix"), help=f"{modes} (default both)")
+    known = ("baseline", "optimized", "both", "matrix", "quality")
+    parser.add_argument("--mode", choices=known, help=f"{modes} (default both)")
+    cases = "of --mode quality: optimisations, options, sets of --quality, or rounding, lossy; or one group for long videos"
+    parser.add_argument("--cases", metavar="NAME,NAME", help=f"{cases} (default all but the groups)")
+    prompts = "of --mode quality: clips of each row (default 400 of the demo model, the lines of --prompt_file, or 16)"
+    parser.add_argument("--num_prompts", type=int, metavar="N", help=prompts)
     matrix = "tasks, sizes, lengths and options to go through: a name in configs/benchmarks, or FILE.toml"
     parser.add_argument("--matrix", metavar="NAME|FILE", help=matrix)
     against = (

@@ -76,16 +76,17 @@ def scripted() -> Callable[..., tuple[Start, list[str]]]:
 @contextmanager
 def in_process(variant: Variant, words: Sequence[str], setting: Setting) -> Iterator[Any]:
     """The real thing without the process."""
-    from wan.cli.benchmarking.worker import build
+    from wan.cli.benchmarking.worker import build, obeyed
 
     runner, ready, _ = build(variant, words, setting)
     answers: list[Any] = [ready]
 
     class Line:
         def send(self, order: Order) -> None:
-            answers.append(runner.run(order.watch))
-            if order.keep is not None:
-                np.save(order.keep, runner.frames.numpy())
+            try:
+                answers.append(obeyed(runner, order))
+            except WanError as error:
+                answers.append(error)
 
         def recv(self) -> Any:
             return answers.pop(0)

@@ -80,10 +80,10 @@ def measure(
             lines: dict[str, Line] = {}
             for outcome in group:
                 variant = outcome.variant
-                _say(f"loading {variant.name} ...")
+                say(f"loading {variant.name} ...")
                 lines[variant.name] = stack.enter_context(start(variant, cell.words, setting))
                 with _ending(outcome):
-                    outcome.ready = _receive(lines[variant.name], variant)
+                    outcome.ready = receive(lines[variant.name], variant)
             for number in range(schedule.warmup + schedule.num_runs):
                 for outcome in group:
                     if outcome.failure is None:
@@ -98,8 +98,8 @@ def _run(outcome: Outcome, line: Line, number: int, schedule: Schedule) -> None:
     last = number + 1 == schedule.warmup + schedule.num_runs
     keep = outcome.keep if last else None
     line.send(Order(watch=number == 0 and not counted, keep=keep))
-    trial: Trial = _receive(line, outcome.variant)
-    _say(f"{f'run {number - schedule.warmup + 1}' if counted else 'warm-up'}: {name} {trial.seconds:.2f} s")
+    trial: Trial = receive(line, outcome.variant)
+    say(f"{f'run {number - schedule.warmup + 1}' if counted else 'warm-up'}: {name} {trial.seconds:.2f} s")
     if number == 0:
         outcome.watched = trial
     if counted:
@@ -114,10 +114,10 @@ def _ending(outcome: Outcome) -> Iterator[None]:
         yield
     except WanError as error:
         outcome.failure = error
-        _say(f"failed: {outcome.variant.name}: {error}")
+        say(f"failed: {outcome.variant.name}: {error}")
 
 
-def _receive(line: Line, variant: Variant) -> Any:
+def receive(line: Line, variant: Variant) -> Any:
     """What the worker says next. Raises its WanError, or GenerationFailed if it died."""
     try:
         answer = line.recv()
@@ -128,5 +128,5 @@ def _receive(line: Line, variant: Variant) -> Any:
     return answer
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr)

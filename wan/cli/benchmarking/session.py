@@ -45,12 +45,16 @@ def run(words: list[str], parser: argparse.ArgumentParser, start: OpenWorker = o
         book = read_book(own.resume, "--resume")
         words = [*_words_of(book, own.resume), *_without(words, "--resume")]
         own, rest = parser.parse_known_args(words)
+    if own.mode == "quality":
+        from wan.cli.benchmarking.asking import run_survey
+
+        return run_survey(own, rest, words, book, start)
     cells, schedule = plan(own, rest)
     old = {name: read_book(Path(name), "--compare") for name in own.compare if name not in RIVALS}
     wanted = [check(cell, own) for cell in cells]
     for each in wanted:
         fetch(each)
-    book = book or _new_book(own, words, wanted[0])
+    book = book or new_book(own, words, wanted[0].task)
     setting = Setting(threads=own.threads, noise=own.noise_file, upstream=own.upstream)
     for cell, each in zip(cells, wanted, strict=True):
         common = describe(each, cell, setting, schedule)
@@ -204,10 +208,18 @@ def _saves(own: argparse.Namespace) -> bool:
     return bool(own.save_results or own.matrix is not None)
 
 
-def _new_book(own: argparse.Namespace, words: Sequence[str], wanted: Wanted) -> Book:
+def new_book(own: argparse.Namespace, words: Sequence[str], name: str) -> Book:
+    """An empty one; nothing is written yet."""
+    name = name if own.matrix is None else Path(own.matrix).stem
+    kind = "quality" if own.mode == "quality" else "benchmark"
+    return Book(own.output_dir / f"{kind}_{name}_{time.strftime('%Y%m%d_%H%M%S')}.json", head_of(words))
+
+
+def head_of(words: Sequence[str]) -> dict[str, Any]:
+    """What a file of results says of itself; with its words `--resume` goes on."""
     import torch
 
-    head = {
+    return {
         "format": FORMAT,
         "command": shlex.join(["python", "benchmark_t2v.py", *words]),
         "words": list(words),
@@ -215,8 +227,6 @@ def _new_book(own: argparse.Namespace, words: Sequence[str], wanted: Wanted) -> 
         "torch": str(torch.__version__),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    name = wanted.task if own.matrix is None else Path(own.matrix).stem
-    return Book(own.output_dir / f"benchmark_{name}_{time.strftime('%Y%m%d_%H%M%S')}.json", head)
 
 
 def _words_of(book: Book, path: Path) -> list[str]:

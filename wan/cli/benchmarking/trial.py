@@ -60,10 +60,15 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What a worker is told to do: one run. `watch`: look inside it. `keep`: write its frames (uint8) to this file."""
+    """What a worker is told to do: one run. `watch`: look inside it. `keep`: write its frames (uint8) to this file.
+
+    `asked` are flags of generate.py, by their names in the namespace, that hold for this run in place of the worker's:
+    what to make, and options of one call.
+    """
 
     watch: bool = False
     keep: Path | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class Trial:
     """One run, prompt to frames in memory. Seconds by stage and by network; bytes at their peaks.
 
     `forwards` counts passes through the transformers, 0 where a runner does not tell. `seen` holds what only a watched
-    run tells, `readings` the driver's, `missing` why there are none.
+    run tells, `readings` the driver's, `missing` why there are none. `cpu_seconds` are the process's own.
     """
 
     seconds: float
@@ -84,6 +89,7 @@ class Trial:
     seen: Seen | None = None
     readings: Mapping[str, float] = field(default_factory=dict)
     missing: str = ""
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

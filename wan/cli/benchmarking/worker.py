@@ -6,7 +6,8 @@ A process each, so that peak memory is the variant's own and switches that act o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -30,10 +31,19 @@ class Ours:
 
     frames: torch.Tensor
 
-    def __init__(self, wanted: Wanted, config: Any, plan: Plan, hardware: Hardware, noise: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        wanted: Wanted,
+        config: Any,
+        plan: Plan,
+        hardware: Hardware,
+        noise: torch.Tensor | None,
+    ) -> None:
         import wan
         from wan.families import class_name
 
+        self.args, self.options = args, dict[str, Any]()
         self.wanted, self.config, self.plan, self.noise = wanted, config, plan.describe(), noise
         self.clock = Clock(hardware.device)
         self.pipe = getattr(wan, class_name(wanted.task))(
@@ -46,6 +56,13 @@ class Ours:
             progress=self.clock,
         )
         self.pipe.engine.load()
+
+    def ask(self, asked: Mapping[str, Any]) -> None:
+        """Make this from now on. Raises WanError."""
+        from wan.cli.request import resolve
+
+        self.wanted = resolve(argparse.Namespace(**{**vars(self.args), **asked}))
+        self.options = {name: value for name, value in asked.items() if name in self.pipe.engine.plan.values()}
 
     def run(self, watch: bool) -> Trial:
         from wan.cli.benchmarking.noise import Start
@@ -85,7 +102,7 @@ class Ours:
         video: torch.Tensor = self.pipe.generate(
             wanted.prompt, **arguments, shift=wanted.shift, sample_solver=wanted.solver, sampling_steps=wanted.steps,
             guide_scale=wanted.guide_scale, n_prompt=wanted.n_prompt, seed=wanted.seed, noise_device="cpu",
-            offload_model=None, **extras,
+            **({"offload_model": None} | self.options), **extras,
         )  # fmt: skip
         return video
 
@@ -103,24 +120,28 @@ def _arrays(seen: Any) -> Seen:
 
 
 def serve(connection: Connection, variant: Variant, words: Sequence[str], setting: Setting) -> None:
-    """The worker: sends `Ready`, then a `Trial` for every `Order` until it gets None; or the WanError it met."""
+    """The worker: sends `Ready`, then for every `Order` until it gets None a `Trial` or the WanError that it met."""
     env.prepare()
-    from wan.engine.decoding import is_out_of_memory
-
     try:
         _serve(connection, variant, words, setting)
     except WanError as error:
         connection.send(error)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        connection.send(GenerationFailed(f"out of memory: {str(error).splitlines()[0]}"))
+        connection.send(_out_of_memory(error))
     except EOFError:
         pass  # the parent has gone
 
 
+def _out_of_memory(error: RuntimeError) -> WanError:
+    """What to say of it. Any other error is raised again."""
+    from wan.engine.decoding import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        raise error
+    return GenerationFailed(f"out of memory: {str(error).splitlines()[0]}")
+
+
 def _serve(connection: Connection, variant: Variant, words: Sequence[str], setting: Setting) -> None:
-    import numpy as np
     import torch
 
     from wan.cli.benchmarking.power import Sampler
@@ -132,11 +153,30 @@ def _serve(connection: Connection, variant: Variant, words: Sequence[str], setti
     with closing(runner):
         while (order := connection.recv()) is not None:
             assert isinstance(order, Order)
-            with Sampler(device) as sampler:
-                trial = runner.run(order.watch)
-            if order.keep is not None:
-                np.save(order.keep, runner.frames.numpy())
+            try:
+                with Sampler(device) as sampler:
+                    trial = obeyed(runner, order)
+            except WanError as error:
+                connection.send(error)  # another order may well be possible
+                continue
+            except RuntimeError as error:
+                connection.send(_out_of_memory(error))
+                continue
             connection.send(replace(trial, readings=sampler.readings(), missing=sampler.missing))
+
+
+def obeyed(runner: Runner, order: Order) -> Trial:
+    """What came of one order; its frames are in the file it names."""
+    import numpy as np
+
+    if order.asked:
+        assert isinstance(runner, Ours)
+        runner.ask(order.asked)
+    before = time.process_time()
+    trial = replace(runner.run(order.watch), cpu_seconds=time.process_time() - before)
+    if order.keep is not None:
+        np.save(order.keep, runner.frames.numpy())
+    return trial
 
 
 def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Runner, Ready, torch.device]:
@@ -177,7 +217,7 @@ def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Run
         versions["diffusers"] = diffusers.__version__
         runner = Rival(wanted, config, Clock(hardware.device), noise, compiled=variant.runner == "diffusers_compiled")
     else:
-        runner = Ours(wanted, config, plan_of(args, variant.optimized, hardware), hardware, noise)
+        runner = Ours(args, wanted, config, plan_of(args, variant.optimized, hardware), hardware, noise)
     ready = Ready(plan=runner.plan, hardware=str(hardware), versions=versions, machine=machine, ceilings=ceilings)
     return runner, ready, hardware.device
 
