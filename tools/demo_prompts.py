@@ -1,4 +1,4 @@
-"""Writes demo/prompts.jsonl: what `benchmark_t2v.py --mode quality` asks the demo model for, and what the clips must show.
+"""Writes demo/prompts.jsonl: what `benchmark_t2v.py --mode quality` asks the demo model for, and what each must show.
 
     python tools/demo_prompts.py
 

@@ -40,7 +40,9 @@ def build_parser() -> Parser:
     )
     known = ("baseline", "optimized", "both", "matrix", "quality")
     parser.add_argument("--mode", choices=known, help=f"{modes} (default both)")
-    cases = "of --mode quality: optimisations, options, sets of --quality, or rounding, lossy; or one group for long videos"
+    cases = (
+        "of --mode quality: optimisations, options, sets of --quality, or rounding, lossy; or one group for long videos"
+    )
     parser.add_argument("--cases", metavar="NAME,NAME", help=f"{cases} (default all but the groups)")
     prompts = "of --mode quality: clips of each row (default 400 of the demo model, the lines of --prompt_file, or 16)"
     parser.add_argument("--num_prompts", type=int, metavar="N", help=prompts)

@@ -1,4 +1,4 @@
-"""A survey as the command line asks for it: which cases, which prompts, and what cannot be done, before anything runs."""
+"""A survey as the command line asks for it: which cases, which prompts, and what cannot be done, before it runs."""
 
 from __future__ import annotations
 
@@ -190,4 +190,3 @@ def _refuse(own: argparse.Namespace) -> None:
 
 def _with(args: argparse.Namespace, asked: Mapping[str, Any]) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **asked, "prompt_file": None})
-

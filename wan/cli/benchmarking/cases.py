@@ -19,6 +19,8 @@ from wan.engine.plan import Grade, Optimization
 from wan.resources import folder
 
 PLAIN = "plain"
+GRADES: tuple[Grade, ...] = ("bitwise", "rounding", "lossy")
+"""From harmless to not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,12 +95,10 @@ def make_case(row: Mapping[str, Any], registry: Sequence[type[Optimization]], tr
     if unknown:
         raise BadRequest(f"configs/quality: {unknown[0]!r} is no option; `make docs` lists them")
     kinds = [kind for kind in registry if any(o.name in values for o in options_of(kind))]
-    grades: list[Grade] = ["bitwise", "rounding", "lossy"]
-    worst = max((kind.grade for kind in kinds), key=grades.index, default="lossy")
+    grades: list[Grade] = [kind.grade for kind in kinds]
+    worst = max(grades, key=GRADES.index, default=GRADES[-1])
     label = " ".join(word for name, value in values.items() for word in _spelled(name, value, options))
-    return Case(
-        label=label.replace("=", " "), values=values, kinds=tuple(kind.__name__ for kind in kinds), grade=worst
-    )
+    return Case(label=label.replace("=", " "), values=values, kinds=tuple(kind.__name__ for kind in kinds), grade=worst)
 
 
 def _rows(kind: type[Optimization], table: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

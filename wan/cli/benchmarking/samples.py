@@ -88,7 +88,11 @@ def measured(
     `shows` is what the demo's judge must read; None where it can read nothing. Frames are uint8 [N, H, W, 3].
     """
     sample: Sample = {"seconds": round(trial.seconds, 4), "denoise_s": round(trial.stages.get("denoise", 0.0), 4)}
-    sample |= {"cpu_s": round(trial.cpu_seconds, 4), "forwards": trial.forwards, "peak_gib": max(trial.peaks.values(), default=0) / 2**30}
+    sample |= {
+        "cpu_s": round(trial.cpu_seconds, 4),
+        "forwards": trial.forwards,
+        "peak_gib": max(trial.peaks.values(), default=0) / 2**30,
+    }
     if reference is not None:
         found, _ = quality.compare(frames, reference[0])
         sample |= {name: found[name] for name in ("psnr_db", "ssim", "lpips", "frames_max") if name in found}

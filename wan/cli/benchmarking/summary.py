@@ -56,8 +56,10 @@ def _against(mine: Mapping[int, Sample], plain: Mapping[int, Sample]) -> Row:
     ours = [a for a, _ in pairs]
     found["equal"] = sum(sample.get("frames_max") == 0 for sample in ours)
     for name in ("psnr_db", "ssim", "lpips", "latents_differ"):
-        found |= {name: mean for mean in [_mean(ours, name)] if mean is not None}
-    found |= {"psnr_worst_db": min(worst) for worst in [[s["psnr_db"] for s in ours if "psnr_db" in s]] if worst}
+        if (mean := _mean(ours, name)) is not None:
+            found[name] = mean
+    if "psnr_db" in found:
+        found["psnr_worst_db"] = min(sample["psnr_db"] for sample in ours if "psnr_db" in sample)
     found["differences"] = {
         name: [round(value, 5) for value in of_mean(apart)]
         for name in (*CONTINUOUS, *CHANGES)
@@ -73,7 +75,9 @@ def _judge(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Attribute -> how often it was right, with the interval."""
     rights = [sample["right"] for sample in samples if "right" in sample]
     found = {name: [right[name] for right in rights if name in right] for right in rights for name in right}
-    return {name: _share(hits) for name, hits in (found | {TOGETHER: [all(r.values()) for r in rights]}).items() if hits}
+    return {
+        name: _share(hits) for name, hits in (found | {TOGETHER: [all(r.values()) for r in rights]}).items() if hits
+    }
 
 
 def _share(hits: Sequence[bool]) -> dict[str, float]:
@@ -83,7 +87,7 @@ def _share(hits: Sequence[bool]) -> dict[str, float]:
 
 def _mean(samples: Any, name: str) -> float | None:
     values = [sample[name] for sample in samples if name in sample]
-    return round(statistics.fmean(values), 5) if values else None
+    return float(f"{statistics.fmean(values):.5g}") if values else None
 
 
 # What is shown -------------------------------------------------------------------------------------------------------
@@ -114,7 +118,11 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     cells = [_cells(row) for row in rows]
     used = [place for place in range(len(COLUMNS)) if any(line[place] for line in cells)]
     heads = list(COLUMNS)
-    lines = [[heads[place] for place in used], ["---"] * len(used), *([line[place] for place in used] for line in cells)]
+    lines = [
+        [heads[place] for place in used],
+        ["---"] * len(used),
+        *([line[place] for place in used] for line in cells),
+    ]
     return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
 
 

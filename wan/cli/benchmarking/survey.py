@@ -1,4 +1,4 @@
-"""`--mode quality`: every case makes the same clips from the same noise as the plain run, prompt after prompt, in turns.
+"""`--mode quality`: every case makes the clips that the plain run makes, from the same noise, prompt by prompt.
 
 Cases that need the networks loaded in one way share a process, so that a large checkpoint is read once for all of them.
 What a clip came to is on the disk before the next one is made; a case that fails is a row that says why.
@@ -69,7 +69,7 @@ def benches(survey: Survey, registry: Sequence[type[Optimization]]) -> list[Benc
 
 
 def conduct(survey: Survey, samples: Samples, pictures: Path, setting: Setting, start: OpenWorker) -> None:
-    """Make every clip that `samples` lacks. Raises OutputError, and GenerationFailed where nothing plain can be made."""
+    """Make every clip that `samples` lacks. Raises OutputError, or GenerationFailed for the plain run."""
     from wan.engine.optimizations import registry
 
     each = benches(survey, registry())
