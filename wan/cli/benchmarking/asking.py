@@ -36,7 +36,7 @@ def run_survey(
     own: argparse.Namespace, rest: Sequence[str], words: Sequence[str], book: Book | None, start: OpenWorker
 ) -> int:
     """The whole of `--mode quality`, or what is missing of the one in `book`. Raises WanError."""
-    from wan.cli.benchmarking.session import commit, new_book
+    from wan.cli.benchmarking.session import commit, new_book, video_of
     from wan.cli.request import fetch
     from wan.engine.hardware import probe
 
@@ -52,7 +52,9 @@ def run_survey(
             say(f"not possible: {label}: {reason}")
             samples.fail(label, reason)
     fetch(wanted)
-    common = inquiry.common(wanted, hardware, commit())
+    threads = own.threads or "default"
+    common = {**video_of(wanted), "hardware": str(hardware), "on_cpu": not hardware.is_cuda, "threads": threads}
+    common["commit"] = commit()
     pictures = book.path.with_name(f"{book.path.stem}_pictures")
     publish(book, survey, samples, common)
     try:
@@ -116,24 +118,6 @@ class _Inquiry:
         if PLAIN in found:
             raise BadRequest(found[PLAIN])
         return found
-
-    def common(self, wanted: Wanted, hardware: Hardware, commit: str) -> dict[str, Any]:
-        """What all rows share."""
-        return {
-            "task": wanted.task,
-            "weights": "dummy" if wanted.load_format == "dummy" else "checkpoint",
-            "size": f"{wanted.width}x{wanted.height}",
-            "frames": wanted.num_frames,
-            "steps": wanted.steps,
-            "solver": wanted.solver,
-            "shift": wanted.shift,
-            "guide_scale": wanted.guide_scale,
-            "seed": wanted.seed,
-            "hardware": str(hardware),
-            "on_cpu": not hardware.is_cuda,
-            "threads": self.own.threads or "default",
-            "commit": commit,
-        }
 
     def _wanted(self, asked: Mapping[str, Any]) -> Wanted:
         from wan.cli.request import resolve

@@ -158,15 +158,7 @@ def describe(wanted: Wanted, cell: Cell, setting: Setting, schedule: Schedule) -
         noise = f"{setting.noise.name}, sha256 {hashlib.sha256(setting.noise.read_bytes()).hexdigest()[:16]}"
     done = {
         "cell": cell.name,
-        "task": wanted.task,
-        "weights": "dummy" if wanted.load_format == "dummy" else "checkpoint",
-        "size": f"{wanted.width}x{wanted.height}",
-        "frames": wanted.num_frames,
-        "steps": wanted.steps,
-        "solver": wanted.solver,
-        "shift": wanted.shift,
-        "guide_scale": wanted.guide_scale,
-        "seed": wanted.seed,
+        **video_of(wanted),
         "noise": noise,
         "runs": schedule.num_runs,
         "warmup": schedule.warmup,
@@ -177,6 +169,21 @@ def describe(wanted: Wanted, cell: Cell, setting: Setting, schedule: Schedule) -
     key = hashlib.sha256(asked.encode()).hexdigest()[:16]
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {**done, "key": key, "cpus": os.cpu_count(), "commit": commit(), "date": date}
+
+
+def video_of(wanted: Wanted) -> dict[str, Any]:
+    """The part of a row that says which video was made, by which weights."""
+    return {
+        "task": wanted.task,
+        "weights": "dummy" if wanted.load_format == "dummy" else "checkpoint",
+        "size": f"{wanted.width}x{wanted.height}",
+        "frames": wanted.num_frames,
+        "steps": wanted.steps,
+        "solver": wanted.solver,
+        "shift": wanted.shift,
+        "guide_scale": wanted.guide_scale,
+        "seed": wanted.seed,
+    }
 
 
 def commit() -> str:
