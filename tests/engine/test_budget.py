@@ -117,8 +117,9 @@ def test_denoising_needs_what_was_worked_out_by_hand(
     assert sum(found.phases["denoise"].values()) / GB == pytest.approx(gigabytes, rel=0.05)
 
 
-def test_compiled_blocks_and_kept_steps_need_room_of_their_own() -> None:
-    """A second float32 stream each; a step cache also keeps a bfloat16 residual of both forwards."""
+def test_compiled_blocks_and_what_is_kept_need_room_of_their_own() -> None:
+    """A second float32 stream each; a step cache also keeps a bfloat16 residual of both forwards. The first block's
+    output is one such residual; keys and values are those of 512 tokens in 30 blocks for both branches."""
 
     def needed(**values: Any) -> int:
         found = predict(models("t2v-1.3B"), video("t2v-1.3B", "832*480"), H100, values)
@@ -128,6 +129,8 @@ def test_compiled_blocks_and_kept_steps_need_room_of_their_own() -> None:
     assert needed(compile=True) - plain == 4 * n
     assert needed(cache="mag") - plain == needed(cache="tea") - plain == (4 + 2 * 2) * n
     assert needed(cache="easy") == plain
+    assert needed(share_first_block=True) - plain == 2 * n
+    assert needed(keep_text_keys=True) - plain == 2 * 2 * 30 * 512 * 1536 * 2
 
 
 def test_8_bits_are_chosen_where_nothing_else_fits() -> None:

@@ -168,6 +168,11 @@ class Adapted:
                 _clear(beside.layer.thin)
 
     @property
+    def strengths(self) -> tuple[float, ...]:
+        """How strongly each file acts now."""
+        return self._strengths
+
+    @property
     def changes_outside_blocks(self) -> bool:
         """Whether something outside the blocks is changed, such as what embeds the text."""
         return bool(self._outside)

@@ -111,6 +111,7 @@ PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
     "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off", "fp8": "off",
+    "share_first_block": False, "keep_text_keys": False,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -248,7 +249,8 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
     """Bytes beside the weights while a forward runs, and between forwards.
 
     Compiled blocks do not write the residual stream where it stands. A step cache keeps the tokens it was given, and
-    of each forward of a step a residual; EasyCache's are latents, which are small.
+    of each forward of a step a residual; EasyCache's are latents, which are small. What the first block gives and the
+    text's keys and values are in the blocks' dtype.
     """
     net, tokens, batch = models.transformer, video.tokens(models), _batch(video, given)
     one = tokens * net.dim * net.element_size
@@ -260,7 +262,10 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
     )  # fmt: skip
     # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype.
     parts = {"activations": live + batch * net.side_streams * one}
-    return parts | ({"step cache": video.forwards * one} if keeps else {})
+    parts |= {"step cache": video.forwards * one} if keeps else {}
+    parts |= {"first block": one} if given["share_first_block"] else {}
+    texts = 2 * net.num_blocks * (net.text_len + net.image_tokens) * net.dim * net.element_size
+    return parts | ({"text keys": video.forwards * texts} if given["keep_text_keys"] else {})
 
 
 def _batch(video: Video, given: Mapping[str, Any]) -> int:

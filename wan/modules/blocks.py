@@ -47,11 +47,19 @@ Enter = Callable[[Tensor, "BlockInputs"], Tensor | Quantized]
 Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
 RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Any]
 """What comes back is what the block returns: tokens, or for an adapter's block what its adapter expects."""
+MakeKeys = Callable[[Tensor], tuple[Tensor, Tensor]]
+KeepKeys = Callable[[MakeKeys, Tensor], tuple[Tensor, Tensor]]
+"""(what makes keys and values of a text, the text) -> those, made now or before."""
 
 
 def call_block(block: nn.Module, tokens: Tensor, inputs: BlockInputs) -> Any:
     """The plain `run_block`."""
     return block(tokens, inputs)
+
+
+def made_anew(make: MakeKeys, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain `keep_keys`."""
+    return make(text)
 
 
 def keep(tokens: Tensor) -> Tensor:
@@ -104,6 +112,14 @@ class BlockInputs:
             elif value is not None and dim is not None:
                 changes[f.name] = value[tokens]
         return replace(self, **changes)
+
+    def of_samples(self, samples: slice) -> BlockInputs:
+        """The inputs of some samples of the batch, all of one branch."""
+        return replace(
+            self, modulation=self.modulation[samples], context=self.context[samples], branches=self.branches[:1],
+            features={name: each[samples] for name, each in self.features.items()},
+            aligned={name: each[samples] for name, each in self.aligned.items()},
+        )  # fmt: skip
 
 
 class Adapter(nn.Module):
@@ -231,9 +247,15 @@ class WanCrossAttention(WanSelfAttention):
 
     role = "cross"
 
+    def __init__(
+        self, dim: int, num_heads: int, window_size: tuple[int, int] = (-1, -1), qk_norm: bool = True, eps: float = 1e-6
+    ) -> None:
+        super().__init__(dim, num_heads, window_size, qk_norm, eps)
+        self.keep_keys: KeepKeys = made_anew
+
     def keys(self, x: Tensor | Quantized, inputs: BlockInputs) -> tuple[Tensor, Tensor]:
         """Keys and values of the text, whatever tokens enter."""
-        return self.keys_of(inputs.context)
+        return self.keep_keys(self.keys_of, inputs.context)
 
     def keys_of(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, S, N, D / N] of a text."""
@@ -263,10 +285,14 @@ class WanI2VCrossAttention(WanCrossAttention):
         # Its own seam: what is done to the attention to the text is not meant for images.
         self.attend_image: Attend = sdpa
 
+    def image_keys_of(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, I, N, D / N] of image tokens."""
+        k, v = project(image, self.k_img, self.v_img)
+        return self.normed(k, self.norm_k_img), self.heads(v)
+
     def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs) -> Tensor:
-        k, v = project(inputs.features["clip"], self.k_img, self.v_img)
-        k = self.normed(k, self.norm_k_img)
-        return super().merge(accumulate(out, self.attend_image(q, k, self.heads(v), None)), q, inputs)
+        k, v = self.keep_keys(self.image_keys_of, inputs.features["clip"])
+        return super().merge(accumulate(out, self.attend_image(q, k, v, None)), q, inputs)
 
 
 CROSS_ATTENTION = {"i2v_cross_attn": WanI2VCrossAttention}

@@ -17,9 +17,11 @@ from wan.engine.optimizations.numerics import TF32, BF16Reduction, CudnnBenchmar
 from wan.engine.optimizations.offload import Offload
 from wan.engine.optimizations.riflex import RIFLEx
 from wan.engine.optimizations.row_chunks import AttentionRows, FFNRows
+from wan.engine.optimizations.shared_first_block import SharedFirstBlock
 from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.t5_cpu import T5CPU
+from wan.engine.optimizations.text_keys import TextKeys
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_dtype import VAEPrecision
 from wan.engine.optimizations.vae_tiling import VAETiling
@@ -28,8 +30,9 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
-    "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SkipLayers", "StepCache",
-    "StreamT5", "T5CPU", "T5FP8", "TF32", "VAECPU", "VAEPrecision", "VAETiling", "registry",
+    "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SharedFirstBlock", "SkipLayers",
+    "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU", "VAEPrecision", "VAETiling",
+    "registry",
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
+from wan.engine.kept import Kept, strengths_of
 from wan.engine.options import option
 from wan.engine.plan import Conflict, Optimization, Order
 from wan.engine.sampling.schedule import in_span, span
@@ -28,8 +30,9 @@ COMPILED = Conflict("Compile", "it changes attention inside the compiled blocks;
 class NAG(Optimization):
     """Push the attention to the prompt away from the attention to the negative prompt.
 
-    Costs one more cross-attention a block and works at guidance scale 1, where distilled models have no other use for
-    a negative prompt. Source: normalized attention guidance, arXiv:2505.21179.
+    Costs one more cross-attention a block, whose keys and values of the negative prompt are computed once and kept, and
+    works at guidance scale 1, where distilled models have no other use for a negative prompt. Source: normalized
+    attention guidance, arXiv:2505.21179.
     """
 
     order = Order.GUIDANCE
@@ -49,25 +52,27 @@ class NAG(Optimization):
             )
 
     def apply(self, engine: Engine) -> None:
-        engine.wrap_segment(self._guide)
+        engine.wrap_segment(partial(self._guide, engine))
 
     @contextmanager
-    def _guide(self, dit: nn.Module, run: Denoising) -> Iterator[None]:
+    def _guide(self, engine: Engine, dit: nn.Module, run: Denoising) -> Iterator[None]:
         unwanted = run.branches.get("uncond")
         if unwanted is None or "cond" not in run.branches:
             raise BadRequest("--nag_scale needs a prompt and a negative prompt, and this task has no such pair")
 
         def wrap(layer: Any, attend: Attend, now: _Now) -> Attend:
+            kept = Kept(strengths_of(engine, dit))
+
             def guided(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
                 out = attend(q, k, v, layout)
                 if "cond" not in now.branches:
                     return out
                 rows = branch_rows(now.branches, "cond", q.shape[0])
                 negative = unwanted.once(f"text:{now.expert}", lambda: dit.embed_text(unwanted.context))  # type: ignore[operator]
-                away = attend(q[rows], *layer.keys_of(negative), layout)
-                kept = out.clone()
-                kept[rows] = normalized_guidance(out[rows], away, self.nag_scale, self.nag_tau, self.nag_alpha)
-                return kept
+                away = attend(q[rows], *kept(layer.keys_of, negative), layout)
+                led = out.clone()
+                led[rows] = normalized_guidance(out[rows], away, self.nag_scale, self.nag_tau, self.nag_alpha)
+                return led
 
             return guided
 
