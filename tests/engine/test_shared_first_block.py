@@ -63,6 +63,12 @@ def test_batched_branches_share_by_computing_half_the_rows(pipe: Any) -> None:
     assert (shared - plain).abs().max() < 1e-4
 
 
+def test_rows_quantised_before_they_enter_are_shared_too(tiny_checkpoint: Path, tiny_task: Any) -> None:
+    pipe = wan.WanT2V(type(tiny_task)(tiny_task), tiny_checkpoint, device="cpu", fp8="scaled", use_batched_cfg=True)
+    plain = pipe.generate("a red bird", **CALL)
+    assert (pipe.generate("a red bird", **CALL, share_first_block=True) - plain).abs().max() < 0.05
+
+
 def test_a_single_branch_and_what_acts_on_the_first_block_stay_what_they_are(pipe: Any) -> None:
     for options in ({"cfg_interval": "0-0.4"}, {"skip_layers": "0"}, {"enhance_video": 4.0}, {"nag_scale": 11.0}):
         plain = pipe.generate("a red bird", **CALL, **options)

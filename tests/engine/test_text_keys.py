@@ -30,7 +30,7 @@ def counted(pipe: Any, **options: Any) -> tuple[int, Tensor]:
     """How often the first block's text keys are made, over both experts, and the video."""
     calls: list[object] = []
     hooks = [
-        pipe.engine.network(expert).blocks[0].cross_attn.norm_k.register_forward_hook(lambda *call: calls.append(call))
+        pipe.engine.network(expert).blocks[0].cross_attn.k.register_forward_hook(lambda *call: calls.append(call))
         for expert in pipe.engine.expert_names
     ]
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from wan.engine.ops.rows import at_once
 from wan.engine.options import option
@@ -87,7 +88,8 @@ class _Common:
             return at_once(layer, tokens, inputs, enter, leave)
         if self.kept is None:
             each = slice(tokens.shape[0] // count)
-            self.kept = layer.forward(enter(tokens, inputs)[each], inputs.of_samples(each))
+            entered = tree_map_only(Tensor, lambda whole: whole[each], enter(tokens, inputs))  # 8-bit codes are two
+            self.kept = layer.forward(entered, inputs.of_samples(each))
         return leave(tokens, self.kept if count == 1 else self.kept.repeat(count, 1, 1), inputs)
 
 
