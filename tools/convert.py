@@ -2,6 +2,7 @@
 
     python tools/convert.py --ckpt_dir ./ComfyUI/models --to diffusers --out ./Wan2.2-T2V-A14B-Diffusers
     python tools/convert.py --dit a.safetensors --vae b.safetensors --t5 c.safetensors --to upstream --out ./Wan2.1
+    python tools/convert.py --ckpt_dir ./Wan2.2-T2V-A14B --to upstream --fp8 lightx2v --out ./Wan2.2-T2V-A14B-fp8
 
 Everything is checked before the first byte is written; tensors are copied one by one, so memory holds one at a time.
 The folder appears under its name when it is complete.
@@ -14,7 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from wan.cli.checkpoint import check_folder, detect_task  # noqa: E402
 from wan.components import Checkpoint, Network  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
 from wan.engine.errors import BadRequest, OutputError, WanError  # noqa: E402
+from wan.engine.ops.float8 import Float8Linear  # noqa: E402
+from wan.engine.optimizations import FP8  # noqa: E402
 from wan.engine.weights.animate_names import animate_names  # noqa: E402
+from wan.engine.weights.dialects import DIT  # noqa: E402
 from wan.engine.weights.keymap import (  # noqa: E402
     CLIP_CUT,
     DIFFUSERS_DIT,
@@ -39,6 +43,7 @@ from wan.engine.weights.keymap import (  # noqa: E402
     diffusers_vae,
     diffusers_vae22,
 )
+from wan.engine.weights.quantising import SPELLINGS, QuantisingFile  # noqa: E402
 from wan.engine.weights.recut import CutFile  # noqa: E402
 from wan.engine.weights.stream import WeightFile  # noqa: E402
 from wan.engine.weights.write import Table, table_bytes, write_pth, write_safetensors  # noqa: E402
@@ -85,34 +90,72 @@ class Naming:
         return CutFile(weights, self.names, self.recut, self.without)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EightBits:
+    """Which program's files with 8 bits to write, and how `--fp8` would keep the layers."""
+
+    spelling: str
+    layers: FP8
+
+    def of(self, network: Network) -> QuantisingFile:
+        self.layers.check_component(network.component(torch.float32))
+        module = network.module()
+        self.layers.convert(module, network.part)
+        chosen = [name for name, layer in module.named_modules() if isinstance(layer, Float8Linear)]
+        return QuantisingFile(network.open(), chosen, SPELLINGS[self.spelling])
+
+
+class CastFile(WeightFile):
+    """The tensors of `plain`, floating ones but for `kept` in another dtype."""
+
+    def __init__(self, plain: WeightFile, dtype: torch.dtype, kept: Collection[str]) -> None:
+        super().__init__(plain.path, {}, plain.dialect)
+        self._plain, self._dtype, self._kept = plain, dtype, kept
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._plain.shapes()
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {key: self._cast(key, dtype) for key, dtype in self._plain.dtypes().items()}
+
+    def stream(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for key, tensor in self._plain.stream(keys):
+            yield key, tensor.to(self._cast(key, tensor.dtype))
+
+    def _cast(self, key: str, stored: torch.dtype) -> torch.dtype:
+        return self._dtype if stored.is_floating_point and key not in self._kept else stored
+
+
 class Output:
     """A folder being written: where parts go and in which precision."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> None:
-        self.folder, self.dtype, self.shard_bytes = folder, dtype, shard_bytes
+    def __init__(self, folder: Path, args: argparse.Namespace) -> None:
+        self.folder, self.dtype, self.shard_bytes = folder, DTYPES.get(args.dtype), int(args.shard_gb * 1e9)
+        layers = FP8(fp8="weight", fp8_keep=args.fp8_keep)
+        self.fp8 = None if args.fp8 is None else EightBits(spelling=args.fp8, layers=layers)
 
-    def table(self, network: Network, weights: WeightFile) -> Table:
+    def weights(self, network: Network) -> WeightFile:
         """What to write of a network. The VAE keeps its precision: in half precision its videos are blurred."""
-        dtypes = weights.dtypes()
-        return {key: (self._dtype(network, dtypes[key]), shape) for key, shape in weights.shapes().items()}
-
-    def tensors(self, network: Network, weights: WeightFile) -> Iterator[tuple[str, Tensor]]:
-        for key, tensor in weights.stream():
-            yield key, tensor.to(self._dtype(network, tensor.dtype))
+        whole = network.open()
+        kept: Collection[str] = ()
+        if self.fp8 is not None and network.kind == DIT:
+            whole = self.fp8.of(network)
+            kept = whole.quantised
+        return whole if self.dtype is None or network.part == "vae" else CastFile(whole, self.dtype, kept)
 
     def safetensors(
         self, network: Network, where: str, stem: str, naming: Naming | None, config: dict[str, Any]
     ) -> None:
-        weights = network.open() if naming is None else naming.of(network.open())
+        weights = self.weights(network) if naming is None else naming.of(self.weights(network))
         folder = self.folder / where
         self.json(f"{where}/config.json", config)
         print(f"{where}/{stem}.safetensors from {network.path}", flush=True)
-        write_safetensors(folder, stem, self.table(network, weights), self.tensors(network, weights), self.shard_bytes)
+        write_safetensors(folder, stem, table_of(weights), weights.stream(), self.shard_bytes)
 
     def pth(self, network: Network, name: str) -> None:
         print(f"{name} from {network.path}", flush=True)
-        weights = network.open()
-        write_pth(self.folder / name, self.table(network, weights), self.tensors(network, weights))
+        weights = self.weights(network)
+        write_pth(self.folder / name, table_of(weights), weights.stream())
 
     def json(self, name: str, content: dict[str, Any]) -> None:
         path = self.folder / name
@@ -135,8 +178,10 @@ class Output:
         self.json(f"{where}/special_tokens_map.json", tokens)
         self.json(f"{where}/tokenizer_config.json", tokens | fields | {"clean_up_tokenization_spaces": False})
 
-    def _dtype(self, network: Network, stored: torch.dtype) -> torch.dtype:
-        return self.dtype if self.dtype and stored.is_floating_point and network.part != "vae" else stored
+
+def table_of(weights: WeightFile) -> Table:
+    dtypes = weights.dtypes()
+    return {key: (dtypes[key], shape) for key, shape in weights.shapes().items()}
 
 
 def write_upstream(checkpoint: Checkpoint, out: Output) -> None:
@@ -264,12 +309,16 @@ def convert(args: argparse.Namespace) -> None:
     if not args.shard_gb > 0:
         raise BadRequest(f"--shard_gb {args.shard_gb!r}: it must be greater than 0")
     checkpoint = _checkpoint(args)
+    if args.fp8 is not None and args.to != "upstream":
+        raise BadRequest(f"--fp8 {args.fp8} and --to {args.to}: diffusers reads no such files; use --to upstream")
+    if args.fp8 is None and args.fp8_keep is not None:
+        raise BadRequest(f"--fp8_keep {args.fp8_keep!r}: without --fp8 every layer keeps its precision; leave it out")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise BadRequest(f"--out {args.out!r} cannot be written ({error.strerror})") from error
-    out = Output(work, DTYPES.get(args.dtype), int(args.shard_gb * 1e9))
+    out = Output(work, args)
     try:
         _check_space(checkpoint, out)
         LAYOUTS[args.to](checkpoint, out)
@@ -299,7 +348,7 @@ def _checkpoint(args: argparse.Namespace) -> Checkpoint:
 def _check_space(checkpoint: Checkpoint, out: Output) -> None:
     parts = [part for part in checkpoint.places.paths if part != "tokenizer"]
     networks = [checkpoint.network(part) for part in parts]
-    needed = sum(table_bytes(out.table(network, network.open())) for network in networks)
+    needed = sum(table_bytes(table_of(out.weights(network))) for network in networks)
     free = shutil.disk_usage(out.folder).free
     if needed > free:
         raise BadRequest(f"--out needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free there; free some space")
@@ -316,6 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=LAYOUTS, required=True, help="the layout to write")
     parser.add_argument("--out", required=True, help="the folder to make; it must not exist")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of all but the VAE (default: as stored)")
+    parser.add_argument(
+        "--fp8", choices=SPELLINGS, help="the transformers' blocks in 8 bits (e4m3), spelled as that program reads them"
+    )
+    parser.add_argument("--fp8_keep", help="layers that keep their precision, as in generate.py")
     parser.add_argument("--shard_gb", type=float, default=10.0, help="largest safetensors file (default: 10)")
     try:
         convert(parser.parse_args(argv))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from wan.engine.optimizations import registry
 from wan.engine.plan import Plan
 from wan.engine.sampling.solvers import SOLVERS
 from wan.engine.types import Embeddings, Keeper, Progress, Request, Sink, Step
+from wan.engine.weights.quantised import QuantisedFile
 from wan.families import family_of
 from wan.layouts import CheckpointFiles
 from wan.modules.t5 import T5EncoderModel
@@ -111,6 +113,7 @@ class WanPipeline:
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":
             _check_weights(checkpoint, plan)
+            _tell_8_bits(checkpoint)
         self.engine: Engine = build_engine(components, plan, hardware, model=config["__name__"])
         self.engine.progress = self.progress
         self.engine.embeddings = embeddings
@@ -273,6 +276,18 @@ def _check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
     for part in checkpoint.places.experts:
         for optimization in plan.enabled():
             optimization.check_weights(checkpoint.network(part).shapes, part)
+
+
+def _tell_8_bits(checkpoint: Checkpoint) -> None:
+    """Say which files hold weights in 8 bits, and how; it is seen in them, no flag says it."""
+    for part in checkpoint.places.experts + ("text_encoder",):
+        network = checkpoint.network(part)
+        weights, flag = network.open(), "--t5_fp8" if part == "text_encoder" else "--fp8"
+        if isinstance(weights, QuantisedFile) and (told := weights.told()):
+            logging.getLogger(__name__).info(
+                "%s: %s has %s; %s keeps those of blocks so, others are widened while they are read",
+                part, network.path.name, told, flag,
+            )  # fmt: skip
 
 
 def _refuse_parallel(**switches: bool) -> None:

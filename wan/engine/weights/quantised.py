@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -79,6 +80,17 @@ class QuantisedFile(WeightFile):
         for key, tensor in self._stored.stream(wanted):
             yield key, self._read(key, tensor, scales)
             del tensor  # not kept alive while the next one is read
+
+    def told(self) -> str:
+        """How the file has its weights in 8 bits, in words; "" where it has none."""
+        shapes, dtypes = self._stored.shapes(), self._stored.dtypes()
+        forms: Counter[str] = Counter()
+        for key in self._kept:
+            if dtypes[key] in FLOAT8:
+                scale = self._scales.get(key)
+                count = "no" if scale is None else "one" if math.prod(shapes[scale]) == 1 else "a row's own"
+                forms[f"{str(dtypes[key]).removeprefix('torch.float8_')}, {count} scale"] += 1
+        return "; ".join(f"{number} weights in 8 bits ({form})" for form, number in forms.items())
 
     def _take_scale(self, key: str, scale: str, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
         if key not in shapes:
