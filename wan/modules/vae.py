@@ -18,23 +18,9 @@ from torch import Tensor, nn
 from wan.engine.errors import BadCheckpoint, BadRequest, NonFinite
 from wan.engine.types import Tiling
 from wan.engine.weights.stream import load_into, open_weights
-from wan.modules.vae_blocks import (
-    Causal,
-    CausalConv3d,
-    Chain,
-    DownGroup,
-    Downsample,
-    FrameCache,
-    UpGroup,
-    Upsample,
-    fold,
-    head,
-    middle,
-    pairs,
-    residual_blocks,
-    unfold,
-)
+from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, FrameCache, head, middle, pairs, residual_blocks
 from wan.modules.vae_config import VAE_2_1, VAEConfig
+from wan.modules.vae_resample import DownGroup, Downsample, UpGroup, Upsample, fold, unfold
 from wan.modules.vae_sparse import ChunkEncoder
 from wan.modules.vae_statistics import LATENT_MEAN, LATENT_STD
 from wan.modules.vae_tiling import decode_tiled, encode_tiled

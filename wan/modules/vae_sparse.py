@@ -13,7 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, DownGroup, Downsample, FrameCache, ResidualBlock
+from wan.modules.vae_blocks import Causal, CausalConv3d, Chain, FrameCache, ResidualBlock
+from wan.modules.vae_resample import DownGroup, Downsample
 
 Stage = nn.Module | Callable[[Tensor], Tensor]
 

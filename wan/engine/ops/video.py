@@ -1,0 +1,129 @@
+"""What the layers of a video VAE compute, as functions of tensors: norm, convolution and attention, and other ways to
+do the same that optimisations put in their places.
+
+Letters: B batch, C, D channels in and out, T frames, H height, W width, L places of a frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.engine.ops.rows import runs
+
+__all__ = [
+    "Behind", "Convolve", "attend_by_products", "attend_places", "behind", "convolve", "doubling_weight", "enlarge",
+    "enlarge_at_once", "norm_silu", "per_frame", "rms_norm", "written_behind",
+]  # fmt: skip
+
+Convolve = Callable[[Tensor, nn.Conv3d], Tensor]
+Behind = Callable[[Any, Tensor, Tensor, Any], Tensor]
+"""`(layer, gamma, x, cache) -> y`: a causal convolution behind a norm and SiLU, and what it remembers of a stream."""
+
+SCORES = 2**28
+"""Attention scores that are kept at a time: 512 MiB in half precision, one frame of a 1280x720 video."""
+
+
+def rms_norm(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+    """Unit RMS over the channels (dim 1) of x, times gamma; written into `out` if given."""
+    # One sum of squares instead of F.normalize, whose norm over dim 1 is ten times slower on the CPU; the floor is
+    # F.normalize's eps 1e-12, squared.
+    # In half precision the squares would overflow (from 256 on in float16), so there it is the norm after all.
+    if x.dtype in (torch.float16, torch.bfloat16):
+        square = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32).square()
+    else:
+        square = x.square().sum(dim=1, keepdim=True)
+    inverse = (square.clamp_min(1e-24) / x.shape[1]).rsqrt().to(x.dtype)
+    return torch.mul(x, inverse, out=out).mul_(gamma)
+
+
+def norm_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
+    """SiLU of x's `rms_norm`; written into `out` if given."""
+    normed = rms_norm(x, gamma, out)
+    return F.silu(normed, inplace=not normed.requires_grad)
+
+
+def convolve(x: Tensor, layer: nn.Conv3d) -> Tensor:
+    """The layer's 3-D convolution of x.
+
+    PyTorch keeps float32 with batch 1 and a small input away from oneDNN (aten/native/Convolution.cpp, `use_mkldnn`);
+    the fallback is 3 to 8 times slower and all that a short clip on the CPU would use.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(
+            x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
+        )
+    return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+
+
+def behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
+    """The causal convolution `layer` of `norm_silu`."""
+    return cast("Tensor", layer(norm_silu(x, gamma), cache))
+
+
+def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
+    """`behind`, where the norm writes into the tensor that the convolution reads, behind the frames of the past.
+
+    Nothing is copied but those; `behind` copies what the norm made, too.
+    """
+    past, (batch, channels, frames, *place) = None if cache is None else cache.get(layer), x.shape
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    size = batch, channels, layer.context + frames, *place
+    joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    first = joined[:, :, : layer.context]
+    first.zero_() if past is None else first.copy_(past)
+    norm_silu(x, gamma, out=joined[:, :, layer.context :])
+    return cast("Tensor", layer.through(joined, cache))
+
+
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A layer for images applied to every frame of [B, C, T, H, W]."""
+    batch, channels, frames, height, width = x.shape
+    y = layer(x.transpose(1, 2).reshape(batch * frames, channels, height, width))
+    return y.view(batch, frames, *y.shape[1:]).transpose(1, 2)
+
+
+def enlarge(layer: Any, x: Tensor) -> Tensor:
+    """Every frame of x twice as high and wide, and convolved."""
+    return per_frame(layer.resample, x)
+
+
+def enlarge_at_once(layer: Any, x: Tensor) -> Tensor:
+    """`enlarge` as one transposed convolution with a `doubling_weight`: the doubled pixels are never there."""
+    bias = layer.resample[1].bias
+    return per_frame(lambda frames: F.conv_transpose2d(frames, layer.doubling, bias, stride=2, padding=1), x)
+
+
+def doubling_weight(weight: Tensor) -> Tensor:
+    """[C, D, 4, 4]: the transposed convolution of stride 2 and padding 1 that does what doubling every pixel of C
+    channels and a 3x3 convolution with `weight` [D, C, 3, 3] do, with 4/9 of the products.
+
+    Of three taps that meet doubled pixels two meet the same one: they are added, in float32, once.
+    """
+    taps = F.pad(weight.float().flip(2, 3), (1, 1, 1, 1))
+    taps = taps[:, :, 1:] + taps[:, :, :-1]
+    return (taps[..., 1:] + taps[..., :-1]).transpose(0, 1).to(weight.dtype)
+
+
+def attend_places(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head of attention over the places of each frame: [B, L, C]."""
+    return F.scaled_dot_product_attention(*(each.unsqueeze(1) for each in (q, k, v))).squeeze(1)
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend_places` as two matrix products round a softmax, for heads too wide for fused kernels.
+
+    Scores are kept in the dtype of q; their number is bounded by taking some queries of one frame at a time.
+    """
+    out, rows = torch.empty_like(v), max(1, SCORES // k.shape[1])
+    for frame, keys in enumerate(k):
+        for at in runs(q.shape[1], rows):
+            unused = q.new_empty(())
+            scores = torch.addmm(unused, q[frame, at], keys.t(), beta=0, alpha=q.shape[-1] ** -0.5)
+            torch.mm(scores.softmax(dim=-1), v[frame], out=out[frame, at])
+    return out
