@@ -40,6 +40,7 @@ UPSTREAM: Settings = {
     "use_batched_cfg": False, "share_first_block": False, "keep_text_keys": False,
     "offload_model": None, "t5_cpu": False, "vae_cpu": False,
     "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
+    "vae_channels_last": False, "vae_subpixel": False, "vae_matmul_attention": False,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
     "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,

@@ -12,20 +12,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.video import convolve, enlarge, per_frame
+from wan.engine.ops.video import convolve, resample
 from wan.modules.vae_blocks import Causal, Chain, FrameCache, last_frames, residual_blocks, with_past
 
 
 class Downsample(Causal):
-    """Halves height and width; with `temporal` also the frames after the first: 1 + 2n -> 1 + n."""
+    """Halves height and width; with `temporal` also the frames after the first: 1 + 2n -> 1 + n.
+
+    `shrink` is a seam: `(layer, frames) -> frames`, convolved and half as high and wide.
+    """
 
     def __init__(self, channels: int, temporal: bool) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.shrink = resample
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        x = per_frame(self.resample, x)
+        x = self.shrink(self, x)
         if self.time_conv is None:
             return x
         past = None if cache is None else cache.get(self)
@@ -51,7 +55,7 @@ class Upsample(Causal):
             nn.Conv2d(channels, out_channels, 3, padding=1),
         )
         self.time_conv = nn.Conv3d(channels, 2 * channels, (3, 1, 1)) if temporal else None
-        self.enlarge = enlarge
+        self.enlarge = resample
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
         if self.time_conv is not None:

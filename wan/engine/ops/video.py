@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from wan.engine.ops.rows import runs
 
 __all__ = [
-    "Behind", "Convolve", "attend_by_products", "attend_places", "behind", "convolve", "doubling_weight", "enlarge",
-    "enlarge_at_once", "norm_silu", "per_frame", "rms_norm", "written_behind",
+    "Behind", "Convolve", "attend_by_products", "attend_places", "behind", "convolve", "doubling_weight",
+    "enlarge_at_once", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "written_behind",
 ]  # fmt: skip
 
 Convolve = Callable[[Tensor, nn.Conv3d], Tensor]
@@ -55,7 +55,13 @@ def convolve(x: Tensor, layer: nn.Conv3d) -> Tensor:
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(
-            x, layer.weight, layer.bias, layer.padding, layer.stride, layer.dilation, layer.groups
+            x,
+            layer.weight,
+            layer.bias,
+            cast("tuple[int, ...]", layer.padding),
+            layer.stride,
+            layer.dilation,
+            layer.groups,
         )
     return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
 
@@ -71,8 +77,7 @@ def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
     Nothing is copied but those; `behind` copies what the norm made, too.
     """
     past, (batch, channels, frames, *place) = None if cache is None else cache.get(layer), x.shape
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
     size = batch, channels, layer.context + frames, *place
     joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
     first = joined[:, :, : layer.context]
@@ -88,13 +93,21 @@ def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return y.view(batch, frames, *y.shape[1:]).transpose(1, 2)
 
 
-def enlarge(layer: Any, x: Tensor) -> Tensor:
-    """Every frame of x twice as high and wide, and convolved."""
+def resample(layer: Any, x: Tensor) -> Tensor:
+    """Every frame of x as the layer changes its size."""
     return per_frame(layer.resample, x)
 
 
+def shrink_unpadded(layer: Any, x: Tensor) -> Tensor:
+    """`resample` where that pads on the right and below and convolves with stride 2: padded by the convolution, on all
+    sides and so wide that all its places but the first are those wanted. The result is a view."""
+    weight, bias = layer.resample[1].weight, layer.resample[1].bias
+    return per_frame(lambda frames: F.conv2d(frames, weight, bias, stride=2, padding=2), x)[..., 1:, 1:]
+
+
 def enlarge_at_once(layer: Any, x: Tensor) -> Tensor:
-    """`enlarge` as one transposed convolution with a `doubling_weight`: the doubled pixels are never there."""
+    """`resample` where that doubles every pixel and convolves, as one transposed convolution with a
+    `doubling_weight`: the doubled pixels are never there."""
     bias = layer.resample[1].bias
     return per_frame(lambda frames: F.conv_transpose2d(frames, layer.doubling, bias, stride=2, padding=1), x)
 
@@ -112,7 +125,7 @@ def doubling_weight(weight: Tensor) -> Tensor:
 
 def attend_places(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One head of attention over the places of each frame: [B, L, C]."""
-    return F.scaled_dot_product_attention(*(each.unsqueeze(1) for each in (q, k, v))).squeeze(1)
+    return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
 
 
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

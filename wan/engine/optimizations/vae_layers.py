@@ -10,7 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils import convert_conv3d_weight_memory_format
 
-from wan.engine.ops.video import attend_by_products, doubling_weight, enlarge_at_once, written_behind
+from wan.engine.ops.video import (
+    attend_by_products,
+    doubling_weight,
+    enlarge_at_once,
+    shrink_unpadded,
+    written_behind,
+)
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
 
@@ -36,6 +42,8 @@ class VAEChannelsLast(Optimization):
             convert_conv3d_weight_memory_format(module, torch.channels_last_3d)
             for layer in _with_seam(module, "behind"):
                 layer.behind = written_behind
+            for layer in _with_seam(module, "shrink"):
+                layer.shrink = shrink_unpadded
 
 
 @dataclass(frozen=True, kw_only=True)
