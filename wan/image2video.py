@@ -39,6 +39,8 @@ class WanI2V(WanPipeline):
         last_frame: Image | None = None,
         size: tuple[int, int] | None = None,
         fit: str = "area",
+        extend: int | None = None,
+        extend_overlap: int = 1,
         noise_device: str | None = None,
         **extras: Any,
     ) -> Tensor | None:
@@ -46,9 +48,12 @@ class WanI2V(WanPipeline):
 
         Arguments are those of `WanT2V.generate`, but for the size: at most `max_area` pixels in the shape of `img`.
         With `fit` "crop", "pad" or "stretch" it is `size` (width, height) to the pixel. `last_frame`, of any size, is
-        what the video ends with; of 2.1's models only those of `WanFLF2V` can follow one. Raises BadRequest.
+        what the video ends with; of 2.1's models only those of `WanFLF2V` can follow one. With `extend` the video is
+        made clip by clip of so many frames at most, each beginning with the last `extend_overlap` frames of the one
+        before it, with the seeds from `seed` on. Raises BadRequest.
         """
-        given = ImageInputs(first=to_rgb(img), last=None if last_frame is None else to_rgb(last_frame), fit=fit)
+        last = None if last_frame is None else to_rgb(last_frame)
+        given = ImageInputs(first=to_rgb(img), last=last, fit=fit, extend=extend, extend_overlap=extend_overlap)
         if given.last is not None:
             self._check_last(frame_num)
         width, height = self.size_for(given.first, max_area, size, fit)

@@ -186,11 +186,12 @@ def video_of(wanted: Wanted) -> Video:
     """What a job costs. Of a video that is made clip by clip a clip, beside two latent frames of what came before."""
     config, arguments = wanted.config, wanted.arguments
     clip = arguments.get("infer_frames") or arguments.get("clip_len")
+    extended = None if wanted.inputs is None else wanted.inputs.beyond.get("extend")
     side, patch = config.vae_stride[1], config.patch_size[1]
     frame = (wanted.width // side // patch) * (wanted.height // side // patch)
     scales = wanted.guide_scale if isinstance(wanted.guide_scale, tuple) else (wanted.guide_scale,)
     return Video(
-        width=wanted.width, height=wanted.height, frames=clip or wanted.num_frames, steps=wanted.steps,
+        width=wanted.width, height=wanted.height, frames=clip or extended or wanted.num_frames, steps=wanted.steps,
         forwards=1 if set(scales) == {1} else 2, encodes=wanted.inputs is not None and bool(wanted.inputs.files),
         more_tokens=2 * frame if clip else 0,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def image_to_video(args: argparse.Namespace, asked: Asked) -> Inputs:
         )
     first = "image" if args.image is not None else "first_frame"
     names = {first: "img"} | ({"last_frame": "last_frame"} if args.last_frame is not None else {})
-    return _pictures(args, asked, names)
+    return _clip_by_clip(args, asked, _pictures(args, asked, names))
 
 
 def first_and_last(args: argparse.Namespace, asked: Asked) -> Inputs:
@@ -36,6 +37,33 @@ def first_and_last(args: argparse.Namespace, asked: Asked) -> Inputs:
                 "--first_frame and --last_frame"
             )
     return _pictures(args, asked, names)
+
+
+def _clip_by_clip(args: argparse.Namespace, asked: Asked, inputs: Inputs) -> Inputs:
+    """`inputs` with what --extend says, where it is said."""
+    from wan.conditioning.clips import clip_lengths
+
+    if args.extend is None:
+        for name in ("extend_overlap", "match_color"):
+            if getattr(args, name) is not None:
+                raise BadRequest(f"--{name} is for clips: add --extend FRAMES, such as {asked.config.frame_num}")
+        return inputs
+    said = {"extend": args.extend, "extend_overlap": 1 if args.extend_overlap is None else args.extend_overlap}
+    clips = clip_lengths(asked.num_frames, said["extend"], said["extend_overlap"], stride=asked.config.vae_stride[0])
+    if len(clips) == 1:
+        raise BadRequest(
+            f"--extend {args.extend}: the {asked.num_frames} frames that are asked for are one clip; ask for more with "
+            "--frame_num, or leave it out"
+        )
+    lengths = ", ".join(map(str, clips))
+    why = f"--frame_num, in {len(clips)} clips of {lengths} frames that share {said['extend_overlap']}"
+    return replace(
+        inputs,
+        beyond={**inputs.beyond, **said},
+        why={**inputs.why, "frames": why},
+        match_color=bool(args.match_color),
+        flags={**inputs.flags, **said, **({"match_color": True} if args.match_color else {})},
+    )
 
 
 def _pictures(args: argparse.Namespace, asked: Asked, names: dict[str, str]) -> Inputs:

@@ -40,7 +40,8 @@ class Inputs:
     `arguments` of `generate` by upstream's names, also those of size and length; `beyond` go beyond upstream's
     signature and must arrive. `prepare` makes arguments that need the built pipeline; `construct` are arguments of the
     class. `size` (width, height) and `num_frames` are the video's and `why` the reasons, where the inputs decide.
-    `sound` goes into the file. `flags` repeat it (with absolute paths), `files` were read.
+    `sound` goes into the file, `match_color` says that later clips get the colours of the first. `flags` repeat it
+    (with absolute paths), `files` were read.
     """
 
     arguments: Mapping[str, Any]
@@ -51,6 +52,7 @@ class Inputs:
     num_frames: int | None = None
     why: Mapping[str, str] = field(default_factory=dict)
     sound: Soundtrack | None = None
+    match_color: bool = False
     flags: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
 
@@ -67,7 +69,10 @@ _READERS: dict[str, tuple[tuple[str, ...], str]] = {
         "wan.cli.character_inputs:character",
     ),
     "WanS2V": ((*_SPEECH, *_VOICE), "wan.cli.speech_inputs:speech"),
-    "WanI2V": (("image", "first_frame", "last_frame", "fit"), "wan.cli.image_inputs:image_to_video"),
+    "WanI2V": (
+        ("image", "first_frame", "last_frame", "fit", "extend", "extend_overlap", "match_color"),
+        "wan.cli.image_inputs:image_to_video",
+    ),
     "WanFLF2V": (("first_frame", "last_frame", "fit"), "wan.cli.image_inputs:first_and_last"),
     "WanTI2V": (("image",), "wan.cli.source_inputs:text_or_image"),
     "WanVace": (("src_video", "src_mask", "src_ref_images", "context_scale"), "wan.cli.source_inputs:control_sources"),

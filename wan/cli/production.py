@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from wan.cli.report import Terminal
     from wan.engine.types import Keeper, Sink, Step
     from wan.video import VideoInfo
+    from wan.video.color import ClipColors
 
 
 class Production:
@@ -46,18 +47,21 @@ class Production:
         )  # fmt: skip
         self.keeper: Keeper = self.run if care.latents is None else Latents.kept(care.latents)
         self.sink = self._sink()
+        self._colors = self._colored(self.sink)
         self._limit = None if care.timeout_s is None else terminal.spent() + care.timeout_s
         self._begin()
 
     def extras(self, pipeline: Any) -> dict[str, Any]:
         """What `pipeline.generate` gets beyond upstream's arguments."""
         self._pipeline = pipeline
-        timed = _Timed(self.sink, self._check_time) if self._limit is not None else self.sink
-        return {"sink": timed, "keeper": self.keeper, "observe": (lambda step, latents: self._check_time(step),)}
+        sink, keeper = self._colors, self._colors.marking(self.keeper)
+        timed = _Timed(sink, self._check_time) if self._limit is not None else sink
+        return {"sink": timed, "keeper": keeper, "observe": (lambda step, latents: self._check_time(step),)}
 
     def finish(self, pipeline: Any) -> Path:
         """Complete, verify and name the file, write the sidecar, drop what was kept. Raises OutputError."""
         self.terminal.stage("save")
+        self._colors.flush()
         self.sink.finish()
         with held(answer=True):
             self.sink.rename()
@@ -112,6 +116,13 @@ class Production:
             output = dataclasses.replace(output, metadata=record.Tags(self._record))
         return open_sink(output)
 
+    def _colored(self, sink: Any) -> ClipColors:
+        """`sink` behind what measures, or matches, the colours of clips."""
+        from wan.video.color import ClipColors
+
+        inputs = self.job.wanted.inputs
+        return ClipColors(sink, match=inputs is not None and inputs.match_color)
+
     def _complete(self, error: OutputError) -> OutputError | None:
         """What to raise where the video is complete and only its name could not be given."""
         if not self.sink.part.is_file():
@@ -124,12 +135,13 @@ class Production:
 
         self.sink.restart()
         frames = PngSink(self.path.with_name(f"{self.path.stem}_frames"))
+        colored = self._colored(frames)
         latents = self.job.care.latents or self.run.safe_latents()
         again = f"make the file from {str(latents)!r} with --decode" if latents else ""
         self.terminal.note(f"{error}; saving the frames as PNG")
         try:
-            pipelines.call(pipeline, self.job, sink=frames, keeper=self.keeper)
-            frames.close()
+            pipelines.call(pipeline, self.job, sink=colored, keeper=colored.marking(self.keeper))
+            colored.close()
         except (WanError, OSError, RuntimeError, KeyboardInterrupt) as second:
             with held(answer=False):
                 frames.restart()
@@ -160,10 +172,13 @@ class Production:
 
     def _record(self, frames: VideoInfo | None = None) -> dict[str, Any]:
         """What the video was made by, and how that has gone so far."""
-        return record.complete(
+        made = record.complete(
             self.job.record, report=getattr(self._pipeline, "report", None), stages=self.terminal.stages,
             peak_bytes=record.peak_bytes(self.job.hardware), frames=frames,
         )  # fmt: skip
+        if frames is not None and len(self._colors.clips) > 1:
+            made["result"]["clips"] = self._colors.told()
+        return made
 
     def _write_sidecar(self) -> None:
         from wan.video import VideoInfo

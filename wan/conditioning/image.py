@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.conditioning.clips import clip_lengths, part_of_clip
 from wan.conditioning.text import embed
 from wan.engine.errors import BadRequest
 from wan.engine.types import Condition, Encoders, Request, Shot
@@ -42,11 +43,23 @@ FITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageInputs:
-    """RGB pictures that a video begins with and, where `last` is given, ends with; `fit` is one of `FITS`."""
+    """RGB pictures that a video begins with and, where `last` is given, ends with; `fit` is one of `FITS`.
+
+    With `extend` it is made clip by clip of so many frames at most, each beginning with the last `extend_overlap` of
+    the one before.
+    """
 
     first: Image
     last: Image | None = None
     fit: str = "area"
+    extend: int | None = None
+    extend_overlap: int = 1
+
+    def clips(self, num_frames: int) -> list[int]:
+        """Frames of each clip. Raises BadRequest."""
+        if self.extend is None:
+            return [num_frames]
+        return clip_lengths(num_frames, self.extend, self.extend_overlap)
 
     def pictures(self, width: int, height: int) -> list[Image]:
         """Each at its own resolution and in the video's shape; a last one of another shape is cut to the first's."""
@@ -63,16 +76,29 @@ class ImageInputs:
 def image_branches(request: Request, shot: Shot, encoders: Encoders) -> dict[str, Condition]:
     """Both branches see the same pictures, through CLIP where the model has it; they differ in the text alone."""
     given: ImageInputs = request.inputs
-    context = embed(encoders, [request.negative_prompt, request.prompt])
-    pictures = [pixels_of(picture) for picture in given.pictures(request.width, request.height)]
-    image = look_at(encoders, pictures) if "clip_checkpoint" in encoders.config else None
+    clips = given.clips(request.num_frames)
+    prompt = request.prompt if given.extend is None else part_of_clip(request.prompt, shot.index, len(clips))
+    context = encoders.once(f"text {prompt}", lambda: embed(encoders, [request.negative_prompt, prompt]))
+    pictures = given_pictures(given, request, shot, clips)
+    first = [pictures[number] for number in pictures if number in (0, clips[shot.index] - 1)]
+    image = look_at(encoders, first) if "clip_checkpoint" in encoders.config else None
     frames = {
         number: resized(picture, request.width, request.height, antialias=given.fit != "area")
-        for number, picture in zip((0, request.num_frames - 1), pictures, strict=False)
+        for number, picture in pictures.items()
     }
-    channels = image_channels(encoders, frames, request.num_frames)
+    channels = image_channels(encoders, frames, clips[shot.index])
     branch = ImageCondition(context=context[:1], channels=channels, image=image)
     return {"uncond": branch, "cond": dataclasses.replace(branch, context=context[1:], memo={})}
+
+
+def given_pictures(given: ImageInputs, request: Request, shot: Shot, clips: Sequence[int]) -> dict[int, Tensor]:
+    """Number in the clip -> [3, h, w] in -1..1 of the frames it is given: pictures, or the end of the clip before."""
+    pictures = [pixels_of(picture) for picture in given.pictures(request.width, request.height)]
+    before = pictures[:1] if shot.before is None else list(shot.before.unbind(1))
+    found = dict(enumerate(before))
+    if given.last is not None and shot.index == len(clips) - 1:
+        found[clips[-1] - 1] = pictures[1]
+    return found
 
 
 def load_image(path: str | Path, flag: str = "--image") -> Image:

@@ -33,12 +33,12 @@ class Ours:
 
     def __init__(
         self,
-        args: argparse.Namespace,
         wanted: Wanted,
         config: Any,
         plan: Plan,
         hardware: Hardware,
         noise: torch.Tensor | None,
+        args: argparse.Namespace | None = None,
     ) -> None:
         import wan
         from wan.families import class_name
@@ -61,6 +61,7 @@ class Ours:
         """Make this from now on. Raises WanError."""
         from wan.cli.request import resolve
 
+        assert self.args is not None
         self.wanted = resolve(argparse.Namespace(**{**vars(self.args), **asked}))
         self.options = {name: value for name, value in asked.items() if name in self.pipe.engine.plan.values()}
 
@@ -217,7 +218,7 @@ def build(variant: Variant, words: Sequence[str], setting: Setting) -> tuple[Run
         versions["diffusers"] = diffusers.__version__
         runner = Rival(wanted, config, Clock(hardware.device), noise, compiled=variant.runner == "diffusers_compiled")
     else:
-        runner = Ours(args, wanted, config, plan_of(args, variant.optimized, hardware), hardware, noise)
+        runner = Ours(wanted, config, plan_of(args, variant.optimized, hardware), hardware, noise, args)
     ready = Ready(plan=runner.plan, hardware=str(hardware), versions=versions, machine=machine, ceilings=ceilings)
     return runner, ready, hardware.device
 
