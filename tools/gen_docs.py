@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "cli")]
 import fault_table  # noqa: E402 (what is promised and tested)
 import guide_pages  # noqa: E402
 from guide_pages import GENERATED, table  # noqa: E402
+from limits import page as limits_page  # noqa: E402
 
 from wan.cli import args as cli  # noqa: E402
 from wan.cli import benchmark, naming, presets  # noqa: E402
@@ -227,6 +228,7 @@ def pages() -> dict[Path, str]:
         docs / "OPTIMIZATION_GUIDE.md": guide_pages.guide_page(),
         docs / "OPTIMIZATION_SUMMARY.md": guide_pages.summary_page(),
         docs / "BENCHMARK_RESULTS.md": guide_pages.results_page(),
+        docs / "benchmarks" / "limits.md": limits_page.page(),
     }
 
 

@@ -153,10 +153,11 @@ def _sentences(kind: type[Optimization]) -> list[str]:
 
 
 def results_page() -> str:
-    """Every row of docs/benchmarks/*.json."""
+    """Every row of docs/benchmarks/*.json but those of parts of a video, which have a page of their own."""
     header = ("variant", "task", "size", "frames", "steps", "hardware", "seconds (min - max)", "peak", "runs", "commit")
     lines = [GENERATED, RESULTS_HEAD]
-    for path in sorted((DOCS / "benchmarks").glob("*.json")):
+    folder = DOCS / "benchmarks"
+    for path in sorted({*folder.glob("*.json")} - {*folder.glob("limits_*.json")}):
         found = json.loads(path.read_text(encoding="utf-8"))
         rows = [_measured(row) for row in (found["rows"] if isinstance(found, dict) else found)]
         lines += [f"## [{path.stem}](benchmarks/{path.name})", "", *table(header, rows), ""]
