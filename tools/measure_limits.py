@@ -183,8 +183,14 @@ def alone(book: Book, forwards: Forwards, cases: Sequence[Case], name: str, runs
         book.race({f"{case.key}/{name}": (act, Work(flop=forwards.flop))}, runs)
 
 
-VAES: Mapping[str, Mapping[str, Any]] = {"ours fp32": {}, "ours bf16": {"vae_dtype": "bf16"}}
-"""Our VAE under the options named."""
+LAYERS = ("vae_channels_last", "vae_subpixel", "vae_matmul_attention")
+VAES: Mapping[str, Mapping[str, Any]] = {
+    "ours fp32": {},
+    "ours bf16": {"vae_dtype": "bf16"},
+    **{f"ours bf16 {name}": {"vae_dtype": "bf16", name: True} for name in LAYERS},
+    "ours fast": {"vae_dtype": "bf16", **dict.fromkeys(LAYERS, True)},
+}
+"""Our VAE under the options named, one by one and together."""
 
 
 def video_networks(book: Book, hardware: Hardware, case: Case, runs: int) -> None:
