@@ -133,6 +133,17 @@ def test_compiled_blocks_and_what_is_kept_need_room_of_their_own() -> None:
     assert needed(keep_text_keys=True) - plain == 2 * 2 * 30 * 512 * 1536 * 2
 
 
+def test_frames_decoded_at_a_time_count_with_their_activations_and_not_with_what_is_remembered() -> None:
+    def needed(frames: int) -> int:
+        found = predict(models("t2v-A14B"), video("t2v-A14B", "1280*720"), H100, {"vae_frames_per_call": frames})
+        return found.phases["decode"]["frames"]
+
+    one, two, four = map(needed, (1, 2, 4))
+    assert needed(0) == one
+    assert 0 < two - one == (four - two) // 2
+    assert needed(99) == needed(21)  # no more than there are
+
+
 def test_8_bits_are_chosen_where_nothing_else_fits() -> None:
     task = "t2v-14B"
     both = models_of(dummy_components(WAN_CONFIGS[task]), float8=FP8(fp8="weight"))

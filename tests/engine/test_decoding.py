@@ -55,7 +55,12 @@ class Recorder:
 
 
 def decoded(
-    vae: Vae, tiling: Tiling | None = None, side: int = 96, index: int = 0, recorder: Recorder | None = None
+    vae: Vae,
+    tiling: Tiling | None = None,
+    side: int = 96,
+    index: int = 0,
+    recorder: Recorder | None = None,
+    frames_per_call: int = 0,
 ) -> tuple[Recorder, Report]:
     recorder, report = recorder or Recorder(), Report()
 
@@ -66,7 +71,10 @@ def decoded(
 
     latents = torch.zeros(1, 16, 2, side, 8)
     shot = Shot(latent_shape=(16, 2, side, 8), index=index)
-    Decode(use=use, shot=shot, latents=latents, sink=recorder, progress=recorder, report=report).run(tiling)
+    Decode(
+        use=use, shot=shot, latents=latents, sink=recorder, progress=recorder, report=report,
+        frames_per_call=frames_per_call,
+    ).run(tiling)  # fmt: skip
     return recorder, report
 
 
@@ -121,6 +129,20 @@ def test_other_errors_are_not_mistaken_for_a_lack_of_memory() -> None:
         decoded(vae)
     assert len(vae.tried) == 1
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+
+
+def test_latent_frames_at_a_time_are_those_asked_for_until_memory_runs_out() -> None:
+    tried: list[tuple[int, Tiling | None]] = []
+
+    class Counting(Vae):
+        def decode_chunks(self, latents: Tensor, *, frames_per_chunk: int, **options: Any) -> Iterator[Tensor]:
+            tried.append((frames_per_chunk, options.get("tiling")))
+            return super().decode_chunks(latents, frames_per_chunk=frames_per_chunk, **options)
+
+    _, report = decoded(Counting(lambda attempt: len(tried) == 3), frames_per_call=3)
+    assert tried == [(3, None), (10, None), (10, Tiling())]  # 10 frames have 8192 latent pixels
+    assert str(attempts(None, 12, 3)[0]) == "whole, 3 latent frames at a time"
+    assert report.decode == str(Attempt(Tiling()))
 
 
 def test_tiles_that_would_hold_the_whole_picture_are_not_tried() -> None:

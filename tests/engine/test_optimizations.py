@@ -40,7 +40,7 @@ UPSTREAM: Settings = {
     "use_batched_cfg": False, "share_first_block": False, "keep_text_keys": False,
     "offload_model": None, "t5_cpu": False, "vae_cpu": False,
     "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
-    "vae_channels_last": False, "vae_subpixel": False, "vae_matmul_attention": False,
+    "vae_channels_last": False, "vae_subpixel": False, "vae_matmul_attention": False, "vae_frames_per_call": 0,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
     "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
@@ -61,7 +61,7 @@ EXAMPLES = {
     "cache_table": str(DATA / "cache-tiny.json"),
     "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
     "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2, "block_swap": 2, "prefetch_blocks": 0,
-    "ffn_rows": 3, "attention_rows": 3,
+    "ffn_rows": 3, "attention_rows": 3, "vae_frames_per_call": 2,
     "fp8_keep": "blocks.0.*",
 }  # fmt: skip
 """For options whose values cannot be listed, one that fits the tiny checkpoint."""

@@ -112,7 +112,7 @@ def test_a_window_of_attention_is_refused() -> None:
         AttentionRows(attention_rows=4).finish(dit, "dit", engine)
 
 
-@pytest.mark.parametrize("flag", ["--ffn_rows", "--attention_rows"])
+@pytest.mark.parametrize("flag", ["--ffn_rows", "--attention_rows", "--vae_frames_per_call"])
 def test_a_negative_number_ends_with_exit_code_2(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--task", "t2v-demo", "--prompt", "a", flag, "-1"]) == 2
     assert f"{flag} -1" in capsys.readouterr().err

@@ -34,24 +34,30 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to decode. `device` None means where the VAE is placed."""
+    """One way to decode. `device` None means where the VAE is placed; `frames` 0 latent frames at a time, as many as
+    their size suggests."""
 
     tiling: Tiling | None = None
     device: str | None = None
+    frames: int = 0
 
     def __str__(self) -> str:
         how = f"in tiles of {self.tiling.tile} latent pixels" if self.tiling else "whole"
+        how += f", {self.frames} latent frames at a time" if self.frames else ""
         return f"{how} on the CPU" if self.device == "cpu" else how
 
 
-def attempts(tiling: Tiling | None, side: int) -> list[Attempt]:
+def attempts(tiling: Tiling | None, side: int, frames: int = 0) -> list[Attempt]:
     """What to try one after the other, from how the plan wants it to what needs least of the device.
 
-    `side` is the longer side of the latents: tiles that would hold them whole save nothing.
+    `side` is the longer side of the latents: tiles that would hold them whole save nothing. `frames` is how many latent
+    ones the plan wants at a time.
     """
     wanted = tiling.tile if tiling else side
     smaller = [tiles for tiles in (Tiling(), SMALL_TILE) if tiles.tile < min(wanted, side)]
-    return [Attempt(tiling), *map(Attempt, smaller), Attempt(smaller[0] if smaller else tiling, device="cpu")]
+    many = [Attempt(tiling, frames=frames)] if frames else []
+    last = Attempt(smaller[0] if smaller else tiling, device="cpu")
+    return [*many, Attempt(tiling), *map(Attempt, smaller), last]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +74,11 @@ class Decode:
     progress: Progress
     report: Report
     earlier: Tensor | None = None
+    frames_per_call: int = 0
 
     def run(self, tiling: Tiling | None) -> Tensor | None:
         """Write all frames to the sink and return those the next shot needs. Out of memory only if all fails."""
-        ways, written = attempts(tiling, max(self.latents.shape[3:])), [0]
+        ways, written = attempts(tiling, max(self.latents.shape[3:]), self.frames_per_call), [0]
         for attempt, after in zip(ways, [*ways[1:], None], strict=True):
             self.report.decode = str(attempt)
             try:
@@ -92,7 +99,7 @@ class Decode:
         latents = self.latents[:, :, self.shot.keep]
         if self.shot.prefix is not None:
             latents = torch.cat([self.shot.prefix, latents], dim=2)
-        per_chunk = max(1, DECODE_PIXELS // (latents.shape[3] * latents.shape[4]))
+        per_chunk = attempt.frames or max(1, DECODE_PIXELS // (latents.shape[3] * latents.shape[4]))
         tail, held = [] if self.earlier is None else [self.earlier], written[0]
         with self.use(attempt.device) as vae:
             self.progress.stage("decode", "" if attempt == Attempt() else str(attempt))

@@ -106,6 +106,10 @@ class Engine:
         """Encode and decode the coming run in tiles, None for whole frames."""
         self._hooks.tiling = tiling
 
+    def set_frames_per_call(self, frames: int) -> None:
+        """Decode so many latent frames at a time in the coming run; 0: as their size suggests."""
+        self._hooks.frames_per_call = frames
+
     def during_run(self, setting: Callable[[], AbstractContextManager[None]]) -> None:
         """Hold a setting of the whole process during the coming run; leaving the context puts it back."""
         self._hooks.settings.append(setting)

@@ -111,7 +111,7 @@ PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
     "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off", "fp8": "off",
-    "share_first_block": False, "keep_text_keys": False,
+    "share_first_block": False, "keep_text_keys": False, "vae_frames_per_call": 0,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -168,7 +168,7 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
     beside = models.lora.on_card(models.transformer.swappable - swapped, swapped)
     stays = _staying(models, given, dit_bytes, beside)
     denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
-    decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given))
+    decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given), given["vae_frames_per_call"])
     used = {
         "text": {"text encoder": _text_on_card(models.text, given)},
         "denoise": {
@@ -323,10 +323,10 @@ def _tile(given: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 @lru_cache(maxsize=256)
-def _decode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None) -> tuple[int, float]:
-    """(bytes, seconds) of decoding."""
+def _decode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None, at_a_time: int) -> tuple[int, float]:
+    """(bytes, seconds) of decoding, `at_a_time` latent frames if that is not 0."""
     frames, rows, columns = video.latent(net)
-    chunk = max(1, min(frames, DECODE_PIXELS // (rows * columns)))
+    chunk = min(frames, at_a_time or max(1, DECODE_PIXELS // (rows * columns)))
     grid = _Grid.over(rows, columns, tile)
     part = list(decoder(net, frames, grid.height, grid.width))
     size = vae_bytes(net, part, chunk, LIVE_TENSORS)

@@ -84,6 +84,7 @@ class Hooks:
     noise: list[Callable[[Tensor, Request], Tensor]] = field(default_factory=list)
     prompts: Callable[[str], Sequence[str]] = lambda prompt: [prompt]
     tiling: Tiling | None = None
+    frames_per_call: int = 0
 
     def share(self, step: Step) -> float:
         """What part of `step`'s forwards is run, as far as is known."""
@@ -235,6 +236,7 @@ class GroupRun:
         decode = Decode(
             use=partial(self.engine.use, "vae"), shot=cast("Shot", each.shot), latents=latents, sink=job.sink,
             progress=job.progress, report=job.report, earlier=each.carry,
+            frames_per_call=self.hooks.frames_per_call,
         )  # fmt: skip
         carry = decode.run(self.hooks.tiling)
         each.carry = None if carry is None else carry.to(self.engine.device)

@@ -24,6 +24,7 @@ from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.text_keys import TextKeys
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_dtype import VAEPrecision
+from wan.engine.optimizations.vae_frames import VAEFrames
 from wan.engine.optimizations.vae_layers import VAEChannelsLast, VAEMatmulAttention, VAESubpixel
 from wan.engine.optimizations.vae_tiling import VAETiling
 from wan.engine.plan import Optimization
@@ -32,8 +33,8 @@ __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FreSca",
     "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SharedFirstBlock", "SkipLayers",
-    "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU", "VAEChannelsLast", "VAEMatmulAttention",
-    "VAEPrecision", "VAESubpixel", "VAETiling", "registry",
+    "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU", "VAEChannelsLast", "VAEFrames",
+    "VAEMatmulAttention", "VAEPrecision", "VAESubpixel", "VAETiling", "registry",
 ]  # fmt: skip
 
 
