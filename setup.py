@@ -117,7 +117,7 @@ if __name__ == "__main__":
         license_files=["LICENSE.txt", "NOTICE"],
         python_requires=">=3.11",
         packages=find_packages(include=["wan", "wan.*"]),
-        package_data={"wan.engine.caching": ["tables.json"]},
+        package_data={"wan.engine.caching": ["tables.json"], "wan.engine.sampling": ["recipes.toml"]},
         cmdclass={"build_py": BuildWithData},
         distclass=WithKernels,
         install_requires=[

@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.engine.roofline": (),
     "wan.engine.prediction": ("wan.engine.activations", "wan.engine.roofline"),
     "wan.engine.budget": ("wan.engine.prediction", "wan.engine.roofline", "wan.engine.errors"),
-    "wan.engine.optimizations": ("wan.engine",),
+    "wan.engine.optimizations": ("wan.engine", "wan.resources"),
     "wan.engine": (
         "wan.engine.errors",
         "wan.engine.types",

@@ -5,6 +5,8 @@
     python tools/train_demo.py resume --folder demo        train the shipped experts further, and measure the result
     python tools/train_demo.py i2v --folder demo           teach the shipped experts to continue a picture (demo/i2v/)
     python tools/train_demo.py evaluate-i2v --folder demo  measure that
+    python tools/train_demo.py few_step --folder demo      distil them into LoRAs for four steps (demo/few_step/)
+    python tools/train_demo.py evaluate-few_step --folder demo     measure that
     python tools/train_demo.py all --smoke --work /tmp/x   every stage for a few seconds, to see that it runs
 
 Stages are scheduled by wall clock, so a slower machine gives a weaker model, not a longer run; `--scale 2` doubles
@@ -111,6 +113,26 @@ def train_i2v(work: Path, scale: float, smoke: bool) -> None:
         parallel.launch(train_dit, 2, config, work / "vae.pt", out, start)
 
 
+def train_few_step(work: Path, scale: float, smoke: bool) -> None:
+    """A LoRA of each expert: a round on the teacher's own ways, then one that also begins where the student gets."""
+    from demo import parallel
+    from demo.export import EXPERTS
+    from demo.few_step import FewStepTraining, collect, distil, student_file
+
+    first = FewStepTraining(collecting=330 * scale, training=480 * scale)
+    second = replace(first, collecting=270 * scale, training=420 * scale, seed=first.seed + 1)
+    for name in EXPERTS:
+        student_file(work, name).unlink(missing_ok=True)
+    files: list[Path] = []
+    for number, config in enumerate((first, second)):
+        if smoke:
+            config = replace(config, collecting=1e-3, training=1e-3, batch=2, compiled=False)
+        ways = work / f"few_step_ways{number}"
+        parallel.launch(collect, 2, config, work, ways)
+        files += [ways.with_name(f"{ways.name}_{rank}.pt") for rank in range(2)]
+        parallel.launch(distil, len(EXPERTS), config, work, files)
+
+
 def export(work: Path, folder: Path) -> None:
     """The checkpoint folder in upstream's layout."""
     from demo.export import export
@@ -136,12 +158,44 @@ def evaluate_i2v(folder: Path, clips: int, split: str, seed: int) -> None:
     save(result, folder / "i2v" / "results.json")
     print(measure.table(result))
     if (folder / "i2v" / "README.md").is_file():
-        measure.write_into(folder / "i2v" / "README.md", result)
+        measure.write_into(folder / "i2v" / "README.md", result, measure.table(result))
+
+
+def evaluate_few_step(folder: Path, clips: int, split: str, seed: int) -> None:
+    """The four steps beside the twenty, in the checkpoint's own folder; its README gets the table."""
+    from demo import evaluate_few_step as measure
+    from demo.evaluate import save
+    from demo.evaluate_i2v import write_into
+
+    result = measure.evaluate(folder, split, clips, seed)
+    save(result, folder / "few_step" / "results.json")
+    print(measure.table(result))
+    if (folder / "few_step" / "README.md").is_file():
+        write_into(folder / "few_step" / "README.md", result, measure.table(result))
+
+
+def go_on(args: argparse.Namespace, folder: Path) -> tuple[tuple[str, ...], Path]:
+    """Train on the checkpoint in `folder`; the stages that are left then, and the folder they are for."""
+    from demo.export import EXPERTS, export_adapters, read_back
+    from demo.few_step import export_loras
+
+    read_back(folder, args.work)
+    if args.stage == "resume":
+        train_experts(args.work, args.scale, args.smoke, resume=True)
+        return ("export", "evaluate"), args.work / "demo"
+    if args.stage == "i2v":
+        train_i2v(args.work, args.scale, args.smoke)
+        export_adapters({name: args.work / f"i2v_{name}.pt" for name in EXPERTS}, folder)
+    else:
+        train_few_step(args.work, args.scale, args.smoke)
+        export_loras(args.work, folder)
+    return (f"evaluate-{args.stage}",), folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=(*STAGES, "all", "resume", "i2v", "evaluate-i2v"))
+    later = ("resume", "i2v", "evaluate-i2v", "few_step", "evaluate-few_step")
+    parser.add_argument("stage", choices=(*STAGES, "all", *later))
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where stages leave their weights")
     parser.add_argument("--folder", type=Path, help="checkpoint folder to write or to measure (default: WORK/demo)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the time of every training stage")
@@ -154,19 +208,8 @@ def main() -> None:
     folder = args.folder or args.work / "demo"
     clips = 2 if args.smoke else args.prompts
     stages = STAGES if args.stage == "all" else (args.stage,)
-    if args.stage == "resume":
-        from demo.export import read_back
-
-        read_back(folder, args.work)
-        train_experts(args.work, args.scale, args.smoke, resume=True)
-        stages, folder = ("export", "evaluate"), args.work / "demo"
-    if args.stage == "i2v":
-        from demo.export import EXPERTS, export_adapters, read_back
-
-        read_back(folder, args.work)
-        train_i2v(args.work, args.scale, args.smoke)
-        export_adapters({name: args.work / f"i2v_{name}.pt" for name in EXPERTS}, folder)
-        stages = ("evaluate-i2v",)
+    if args.stage in ("resume", "i2v", "few_step"):
+        stages, folder = go_on(args, folder)
     for stage in stages:
         if stage == "vae":
             train_vae(args.work, args.scale, args.smoke)
@@ -178,8 +221,10 @@ def main() -> None:
             export(args.work, folder)
         elif stage == "evaluate":
             evaluate(folder, clips, args.split, args.seed, args.work / "results.json")
-        else:
+        elif stage == "evaluate-i2v":
             evaluate_i2v(folder, clips, args.split, args.seed)
+        else:
+            evaluate_few_step(folder, clips, args.split, args.seed)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from wan.engine.hardware import probe
 from wan.engine.monitor import Silent
 from wan.engine.optimizations import registry
 from wan.engine.plan import Plan
+from wan.engine.sampling.recipes import is_distilled
 from wan.engine.sampling.solvers import SOLVERS
 from wan.engine.types import Embeddings, Keeper, Progress, Request, Sink, Step
 from wan.engine.weights.quantised import QuantisedFile
@@ -96,9 +97,14 @@ class WanPipeline:
         self.sp_size = 1
         self.progress: Progress = progress or Silent()
         known = registry()
-        switches = {"t5_cpu": t5_cpu or None, "convert_model_dtype": convert_model_dtype or None}
+        named = (checkpoint_dir, *((files.dit, files.dit_low) if files else ()))
+        switches = {
+            "few_step_distilled": is_distilled(named) or None,
+            "t5_cpu": t5_cpu or None,
+            "convert_model_dtype": convert_model_dtype or None,
+        }
         plan = Plan.of(known, {}).changed(
-            known, (optimizations.values() if optimizations else {}), source="optimizations"
+            known, (optimizations.own_values() if optimizations else {}), source="optimizations"
         )
         plan = plan.changed(known, switches | options)
         hardware = probe(device, device_id)

@@ -47,7 +47,7 @@ UPSTREAM: Settings = {
     "apg_limit": 55.0, "apg_parallel": 0.0, "guidance_rescale": 0.0, "nag_scale": 0.0, "nag_tau": 2.5,
     "nag_alpha": 0.25, "skip_layers": None, "skip_layers_interval": "0.1-1", "enhance_video": 0.0,
     "enhance_video_interval": "0-1", "context_frames": 0, "context_overlap": 16, "context_schedule": "uniform",
-    "context_fuse": "linear", "freenoise": True, "riflex": 0,
+    "context_fuse": "linear", "freenoise": True, "riflex": 0, "few_step": None, "few_step_distilled": False,
     "fp8": "off", "fp8_keep": None, "t5_fp8": False,
     "block_swap": 0, "prefetch_blocks": 1, "stream_t5": False,
     "ffn_rows": 0, "attention_rows": 0,
@@ -62,10 +62,10 @@ EXAMPLES = {
     "cfg_interval": "0-0.5", "guidance_rescale": 0.7, "cfg_zero_init": 1, "nag_scale": 11.0,
     "skip_layers": "1", "enhance_video": 2.0, "context_frames": 81, "riflex": 2, "block_swap": 2, "prefetch_blocks": 0,
     "ffn_rows": 3, "attention_rows": 3, "vae_frames_per_call": 2,
-    "fp8_keep": "blocks.0.*",
+    "fp8_keep": "blocks.0.*", "few_step": "fastwan-3step",
 }  # fmt: skip
 """For options whose values cannot be listed, one that fits the tiny checkpoint."""
-NEEDS = {"cache": {"cache_table": EXAMPLES["cache_table"]}}
+NEEDS = {"cache": {"cache_table": EXAMPLES["cache_table"]}, "few_step": {"few_step_distilled": True}}
 """What a switch cannot do without on a checkpoint that nobody has measured."""
 
 

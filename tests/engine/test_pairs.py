@@ -33,6 +33,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "cfg_interval": {"cfg_interval": "0-0.5"},
     "skip_layers": {"skip_layers": "1"},
     "context_frames": {"context_frames": 81},
+    "few_step": {"few_step": "fastwan-3step", "few_step_distilled": True},
 }
 """What to ask for where the switch's value is not just on."""
 PAIRS = list(combinations(registry(), 2))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from demo import adapter, dit, given, norm_silu, scenes, text
+from demo import adapter, dit, few_step, given, norm_silu, scenes, text
 from demo import vae as small_vae  # noqa: E402
 from demo.evaluate_i2v import psnr  # noqa: E402
 
@@ -21,8 +21,10 @@ import wan  # noqa: E402
 from wan.cli.judge import COLORS, judge  # noqa: E402
 from wan.conditioning.image import image_channels, load_image, pixels_of  # noqa: E402
 from wan.configs import WAN_CONFIGS  # noqa: E402
+from wan.engine.sampling.recipes import recipe_named  # noqa: E402
 from wan.engine.types import Condition  # noqa: E402
 from wan.engine.weights.dialects import DIT, open_network  # noqa: E402
+from wan.engine.weights.lora import merged, open_lora  # noqa: E402
 from wan.modules.model import WanModel  # noqa: E402
 from wan.modules.tokenizers import HuggingfaceTokenizer  # noqa: E402
 from wan.modules.vae import WanVAEModel, build_vae  # noqa: E402
@@ -204,3 +206,43 @@ def test_varied_scenes_stay_nearest_to_their_own_colour_and_say_less() -> None:
         assert nearest == scene.color
         said.append(scene.color in scenes.caption(scene, rng).split())
     assert 5 < sum(said) < 30
+
+
+# Few steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_meets_every_level_of_the_student_and_lands_where_a_straight_way_ends() -> None:
+    """On a velocity that is the same everywhere any solver is exact: x moves by it times the noise taken away."""
+    visited: list[float] = []
+    velocity = torch.randn(2, 4, 3, 2, 2)
+
+    def seen(latents: torch.Tensor, sigma: float, context: torch.Tensor) -> torch.Tensor:
+        visited.append(sigma)
+        return velocity
+
+    latents, context = torch.randn(2, 4, 3, 2, 2), torch.zeros(2, 1, 1)
+    for number in range(4):
+        assert few_step.teacher_levels(number)[-1] == few_step.LEVELS[number + 1]
+        reached = few_step.travel(seen, latents, context, number)
+        first, last = few_step.teacher_levels(number)[0], few_step.LEVELS[number + 1]
+        torch.testing.assert_close(reached, latents + (last - first) * velocity, rtol=1e-4, atol=1e-5)
+    assert len(visited) == 20 and {0.9375, 0.83333, 0.625} <= {round(sigma, 5) for sigma in visited}
+    assert few_step.LEVELS[:4] == tuple(s for phase in recipe_named("demo-4step").phases for s in phase.sigmas)
+
+
+@torch.no_grad()
+def test_exported_loras_are_read_as_they_were_trained(tmp_path: Path) -> None:
+    config = dit.DitConfig(dim=256, ffn_dim=96, num_layers=1, text_len=8, text_dim=24)
+    base = dit.init_params(config, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    base["head.head.weight"].normal_(generator=generator)
+    trained = few_step.init_lora(base, rank=4, seed=2)
+    torch.testing.assert_close(adapter.adapted(base, trained), base)  # it changes nothing yet
+    for value in trained.values():
+        value.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
+    for name in ("high", "low"):
+        torch.save(trained, few_step.student_file(tmp_path, name))
+    few_step.export_loras(tmp_path, tmp_path)
+    lora = open_lora(tmp_path / "few_step" / "low.safetensors")
+    read = dict(merged(base.items(), [(lora, 1.0)]))
+    torch.testing.assert_close(read, adapter.adapted(base, trained), rtol=2e-3, atol=2e-3)  # stored as float16

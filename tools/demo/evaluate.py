@@ -31,7 +31,7 @@ def evaluate(folder: Path, split: str, count: int, seed: int, guide_scale: float
         jobs = [(str(folder), split, list(range(part, count, 2)), seed, guide_scale) for part in range(2)]
         found = [entry for part in pool.starmap(_share, jobs) for entry in part]
     result = {"split": split, "prompts": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
-    rows = {row: _summary([entry[row] for entry in found]) for row in ROWS}
+    rows = {row: summary([entry[row] for entry in found]) for row in ROWS}
     cases = [entry["case"] for entry in found]
     return result | rows | {"by motion": _by_motion(cases), "disobeyed": [case for case in cases if case["wrong"]]}
 
@@ -58,14 +58,14 @@ def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: 
         with torch.no_grad():
             rebuilt = pipe.vae.decode(pipe.vae.encode([truth]))[0]
         clips = dict(zip(ROWS, (video, truth, rebuilt), strict=True))
-        verdicts = {row: _verdict(clip, scene) for row, clip in clips.items()}
+        verdicts = {row: verdict(clip, scene) for row, clip in clips.items()}
         found.append({**verdicts, "case": _case(number, prompt, scene, verdicts["model"])})
     return found
 
 
-def _case(number: int, prompt: str, scene: scenes.Scene, verdict: dict[str, Any]) -> dict[str, Any]:
+def _case(number: int, prompt: str, scene: scenes.Scene, found: dict[str, Any]) -> dict[str, Any]:
     """What was asked, and what was read where that is something else."""
-    wrong = {name: verdict["read"][name] for name, right in verdict["right"].items() if not right}
+    wrong = {name: found["read"][name] for name, right in found["right"].items() if not right}
     return {"number": number, "prompt": prompt, "motion": scene.motion, "wrong": wrong}
 
 
@@ -83,27 +83,28 @@ def _by_motion(cases: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _verdict(video: Tensor, scene: scenes.Scene) -> dict[str, Any]:
-    verdict = judge(video)
-    words = scene.words()
-    read = {name: getattr(verdict, name) for name in words}
-    return {"right": verdict.agrees(**words), "read": read, "shape_iou": verdict.shape_iou,
-            "color_distance": verdict.color_distance, "outline_iou": verdict.outline_iou}  # fmt: skip
+def verdict(video: Tensor, scene: scenes.Scene) -> dict[str, Any]:
+    """What of a scene the judge finds in a clip: {"right": {attribute: bool}, what it read, and numbers}."""
+    seen, words = judge(video), scene.words()
+    read = {name: getattr(seen, name) for name in words}
+    return {"right": seen.agrees(**words), "read": read, "shape_iou": seen.shape_iou,
+            "color_distance": seen.color_distance, "outline_iou": seen.outline_iou}  # fmt: skip
 
 
-def _summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Shares of clips with their intervals, and means of the numbers."""
     rights: list[dict[str, bool]] = [entry["right"] for entry in entries]
     shares = {name: [right[name] for right in rights if name in right] for name in ATTRIBUTES}
     shares["color, shape and motion"] = [all(right[k] for k in ("color", "shape", "motion")) for right in rights]
     shares["everything at once"] = [all(right.values()) for right in rights]
-    summary: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, hits in shares.items():
         low, high = wilson(sum(hits), len(hits))
-        summary[name] = {"right": sum(hits), "of": len(hits), "low": round(low, 4), "high": round(high, 4)}
+        found[name] = {"right": sum(hits), "of": len(hits), "low": round(low, 4), "high": round(high, 4)}
     for name in ("shape_iou", "color_distance", "outline_iou"):
         values = [entry[name] for entry in entries if entry[name] is not None]
-        summary[name] = round(sum(values) / max(1, len(values)), 4)
-    return summary
+        found[name] = round(sum(values) / max(1, len(values)), 4)
+    return found
 
 
 def table(result: dict[str, Any]) -> str:

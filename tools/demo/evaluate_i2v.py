@@ -147,11 +147,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_into(readme: Path, result: dict[str, Any]) -> None:
-    """Replaces what stands between the marks of the checkpoint's README."""
+def write_into(readme: Path, result: dict[str, Any], results: str) -> None:
+    """Puts the table `results` in place of what stands between the marks of the checkpoint's README."""
     before, begin, rest = readme.read_text(encoding="utf-8").partition("<!-- results -->\n")
     _, end, after = rest.partition("<!-- end of results -->")
     said = (
         f"{result['clips']} clips of the {result['split']} combinations (seed {result['seed']}), all in `results.json`."
     )
-    readme.write_text(f"{before}{begin}{said}\n\n{table(result)}\n{end}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{begin}{said}\n\n{results}\n{end}{after}", encoding="utf-8")

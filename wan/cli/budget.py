@@ -16,7 +16,7 @@ from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
-from wan.engine.optimizations import FP8, T5FP8, LoRA, Precision
+from wan.engine.optimizations import FP8, T5FP8, FewStep, LoRA, Precision
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
 from wan.engine.roofline import card_for, card_of
@@ -103,7 +103,7 @@ def within_budget(
     free = found.reasons.keys() & {o.name for o in options(registry)}
     chosen = {name: found.values[name] for name in free}
     reasons = {**plan.reasons, **{name: f"budget: {found.reasons[name]}" for name in free}}
-    changed = Plan.of(registry, plan.values() | chosen, source="budget", reasons=reasons)
+    changed = Plan.of(registry, plan.own_values() | chosen, source="budget", reasons=reasons)
     changed.check(hardware)
     return changed, found
 
@@ -145,7 +145,7 @@ def planner_of(
         others={name: value for name, value in plan.values().items() if name in PLAIN},
     )  # fmt: skip
     card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
-    return Planner(models_for(wanted, plan), video or video_of(wanted), card, wishes)
+    return Planner(models_for(wanted, plan), video or video_of(wanted, plan), card, wishes)
 
 
 def models_for(wanted: Wanted, plan: Plan) -> Models:
@@ -182,16 +182,24 @@ def _beside(plan: Plan, components: Iterable[Component], storing: Iterable[Optim
     return max(found, key=lambda each: each.host)
 
 
-def video_of(wanted: Wanted) -> Video:
-    """What a job costs. Of a video that is made clip by clip a clip, beside two latent frames of what came before."""
+def video_of(wanted: Wanted, plan: Plan) -> Video:
+    """What a job costs, by its recipe where there is one.
+
+    Of a video that is made clip by clip a clip, beside two latent frames of what came before.
+    """
     config, arguments = wanted.config, wanted.arguments
     clip = arguments.get("infer_frames") or arguments.get("clip_len")
     extended = None if wanted.inputs is None else wanted.inputs.beyond.get("extend")
     side, patch = config.vae_stride[1], config.patch_size[1]
     frame = (wanted.width // side // patch) * (wanted.height // side // patch)
     scales = wanted.guide_scale if isinstance(wanted.guide_scale, tuple) else (wanted.guide_scale,)
-    return Video(
+    video = Video(
         width=wanted.width, height=wanted.height, frames=clip or extended or wanted.num_frames, steps=wanted.steps,
         forwards=1 if set(scales) == {1} else 2, encodes=wanted.inputs is not None and bool(wanted.inputs.files),
         more_tokens=2 * frame if clip else 0,
     )  # fmt: skip
+    if not (few := plan.get(FewStep)).enabled:
+        return video
+    recipe = few.recipe
+    forwards = 2 if recipe.guided_steps else 1
+    return replace(video, steps=recipe.steps, forwards=forwards, guided=recipe.guided_steps)

@@ -41,15 +41,16 @@ def find_max(args: argparse.Namespace, registry: Sequence[type[Optimization]], t
     def planner(video: Video) -> Planner:
         return planner_of(args, wanted, plan, registry, hardware, budget, video)
 
-    answer, video = (_longest if args.find_max == "frames" else _largest)(wanted, budget.size, planner)
+    asked = video_of(wanted, plan)
+    answer, video = (_longest if args.find_max == "frames" else _largest)(wanted, asked, budget.size, planner)
     for line in describe_budget(planner(video).choose(budget.size)):
         terminal.line(line)
     return answer
 
 
-def _longest(wanted: Wanted, budget: int, planner: Callable[[Video], Planner]) -> tuple[str, Video]:
+def _longest(wanted: Wanted, video: Video, budget: int, planner: Callable[[Video], Planner]) -> tuple[str, Video]:
     """The most frames at the size that is wanted."""
-    video, time = video_of(wanted), wanted.config.vae_stride[0]
+    time = wanted.config.vae_stride[0]
     usual = next(field.default for field in fields(Family) if field.name == "shot_frames")
     if family_of(wanted.task).shot_frames is not usual:
         raise BadRequest(
@@ -64,11 +65,11 @@ def _longest(wanted: Wanted, budget: int, planner: Callable[[Video], Planner]) -
     return str(time * low + 1), replace(video, frames=time * low + 1)
 
 
-def _largest(wanted: Wanted, budget: int, planner: Callable[[Video], Planner]) -> tuple[str, Video]:
+def _largest(wanted: Wanted, video: Video, budget: int, planner: Callable[[Video], Planner]) -> tuple[str, Video]:
     """The largest size the task was trained on, at the frames that are wanted; else the smallest, which is refused."""
     sizes = sorted(
         map(parse_size, SUPPORTED_SIZES[wanted.task]), key=lambda size: (size[0] * size[1], size), reverse=True
     )
-    videos = [replace(video_of(wanted), width=width, height=height) for width, height in sizes]
+    videos = [replace(video, width=width, height=height) for width, height in sizes]
     video = next((video for video in videos if planner(video).fits(budget)), videos[-1])
     return f"{video.width}*{video.height}", video

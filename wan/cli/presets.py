@@ -12,6 +12,7 @@ from typing import Any
 
 from wan.cli.args import PROGRAM_DEFAULTS
 from wan.cli.cards import nearest
+from wan.cli.few_step import refuse_what_it_decides, told_by_name
 from wan.cli.variables import taken_from
 from wan.engine.errors import BadRequest, IncompatibleOptions, MissingPackage
 from wan.engine.hardware import Hardware
@@ -58,7 +59,7 @@ def plan_and_preset(
 ) -> tuple[Plan, Preset | None]:
     """The plan of `make_plan` and the preset in it; `default` is the preset where --preset is not spelled."""
     known = {o.name: o for o in options(registry)}
-    here = chosen_here(known, hardware.world_size)
+    here = chosen_here(known, hardware.world_size) | told_by_name(args)
     values = {name: value for name, (value, _) in here.items()}
     reasons = {name: why for name, (_, why) in here.items()}
     flags = {name: getattr(args, name) for name in known if getattr(args, name) is not None}
@@ -77,6 +78,7 @@ def plan_and_preset(
     reasons |= {name: taken_from(args, name) or "flag" for name in flags}
     plan = Plan.of(registry, values | flags, source="flag", reasons=reasons)
     plan.check(hardware)
+    refuse_what_it_decides(args, plan)
     return plan, preset
 
 

@@ -21,7 +21,7 @@ from wan.cli import environment, fingerprints, memory
 from wan.cli.replay import apply, changed_weights, differences, require_same_start
 from wan.cli.report import pace
 from wan.engine.errors import BadRequest, WanError
-from wan.engine.optimizations import LoRA
+from wan.engine.optimizations import FewStep, LoRA
 from wan.runs import RECORD, write_whole
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def build(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         "versions": environment.versions(),
         "device": environment.device(job.hardware),
         "weights": _weights(job.wanted) | fingerprints.of_parts(_loras(job).items()),
-        "inputs": {} if job.wanted.inputs is None else fingerprints.of_parts(job.wanted.inputs.files.items()),
+        "inputs": fingerprints.of_parts(_inputs(job).items()),
         "output": {"path": os.path.abspath(job.output.path), "fps": job.output.fps, "crf": job.output.crf},
     }
     sound: dict[str, Any] = _sound(record)
@@ -84,6 +84,7 @@ def complete(
     result["stages_s"] = {name: round(took, 3) for name, took in seconds.items()}
     if report is not None:
         result |= _experts(report) | {"forwards": _forwards(report)}
+        result |= {} if (saved := report.saved_forwards()) is None else {"plain_forwards": saved[1]}
         result |= {"decode": report.decode, "attention": dict(report.kernels)}
         result |= {"compile_s": round(report.compile_seconds, 3)} if report.compile_seconds else {}
     if peak_bytes is not None:
@@ -178,12 +179,14 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
         flags |= {name: _absolute(file) for name, file in given.items() if file is not None}
     if wanted.inputs is not None:
         flags |= wanted.inputs.flags
-    return flags | {name: value for name, value in _plan(job).items() if value is not None}
+    # What an option brought is brought again, from where it then lies.
+    return flags | {n: value for n, value in _plan(job).items() if value is not None and n not in job.plan.brought}
 
 
 def _plan(job: Job) -> dict[str, Any]:
     """Every option by name, as JSON gives it back, with files spelled so that they mean the same in any folder."""
-    return job.plan.values() | job.plan.get(LoRA).absolute()
+    files = {name: value for each in job.plan.optimizations for name, value in each.absolute().items()}
+    return job.plan.values() | files
 
 
 def _absolute(path: str | Path) -> str:
@@ -215,6 +218,13 @@ def _loras(job: Job) -> dict[str, Path]:
     if wanted.checkpoint is not None and switches.get("use_relighting_lora"):
         paths = [wanted.checkpoint / wanted.config.lora_checkpoint, *paths]
     return {f"lora {number}": path for number, path in enumerate(paths, 1)}
+
+
+def _inputs(job: Job) -> dict[str, Path]:
+    """The files that say what to make, by their flags."""
+    files = {} if job.wanted.inputs is None else dict(job.wanted.inputs.files)
+    recipe = job.plan.get(FewStep).file
+    return files if recipe is None else files | {"few_step": recipe}
 
 
 def _sound(value: Any) -> Any:

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self, TextIO
 
+from wan.cli.few_step import in_few_steps
+
 if TYPE_CHECKING:
     from wan.cli.presets import Preset
     from wan.cli.request import Wanted
@@ -154,12 +156,12 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware, preset: Preset |
     else:
         scales = f"{scale:g}"
     frames = f"{wanted.num_frames} frames ({why['frames']}) at {wanted.fps} fps = {seconds:.1f} s"
+    plain = f"{wanted.steps} steps of {wanted.solver}, shift {wanted.shift:g}, guidance {scales}"
     return [
         f"task    {wanted.task} ({why['task']}) from {_source(wanted)}",
         f"prompt  {wanted.prompt!r} ({why['prompt']})",
         f"video   {wanted.width}x{wanted.height} ({why['size']}), {'one image' if wanted.num_frames == 1 else frames}",
-        f"sample  {wanted.steps} steps of {wanted.solver}, shift {wanted.shift:g}, guidance {scales}, "
-        f"seed {wanted.seed} ({why['seed']})",
+        f"sample  {in_few_steps(wanted, plan) or plain}, seed {wanted.seed} ({why['seed']})",
         *([] if preset is None else preset.lines()),
         f"run     on {hardware}; {plan.describe()}",
     ]
@@ -168,7 +170,9 @@ def start_lines(wanted: Wanted, plan: Plan, hardware: Hardware, preset: Preset |
 def end_lines(report: Report, peak_bytes: int | None, hardware: Hardware) -> list[str]:
     """What the run did: forwards, pace and memory. A count that is not the planned one never comes so far."""
     forwards = report.describe_forwards()
-    lines = [f"ran     forwards {forwards}, as planned" if forwards else "ran     no forward: the latents were there"]
+    instead = "" if (saved := report.saved_forwards()) is None else f"; {saved[0]} in place of the plain {saved[1]}"
+    ran = f"forwards {forwards}, as planned{instead}" if forwards else "no forward: the latents were there"
+    lines = [f"ran     {ran}"]
     experts = [
         f"{name} {len(seconds)} steps in {sum(seconds):.1f} s, {pace(seconds):.2f} s/step"
         for name, seconds in report.step_seconds.items()

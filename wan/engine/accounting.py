@@ -27,10 +27,14 @@ Trunk = Callable[..., Tensor]
 
 @dataclass
 class Forwards:
-    """Forwards of one denoise, planned and done, per expert and branch."""
+    """Forwards of one denoise, planned and done, per expert and branch.
+
+    `plain` is how many there would be without optimisations, 0 where that cannot be compared: of a run that goes on.
+    """
 
     planned: dict[Place, Range]
     done: Counter[Place] = field(default_factory=Counter)
+    plain: int = 0
     _windowed: set[tuple[int, str]] = field(default_factory=set)
 
     def counting(self, trunk: Trunk, *, give_away: bool = False) -> Trunk:
@@ -104,6 +108,11 @@ class Report:
 
     def describe_forwards(self) -> str:
         return "; ".join(forwards.describe() for forwards in self.forwards)
+
+    def saved_forwards(self) -> tuple[int, int] | None:
+        """(forwards done, what the plain run would have done) where they differ and both are known."""
+        done, plain = sum(each.done.total() for each in self.forwards), sum(each.plain for each in self.forwards)
+        return (done, plain) if done != plain and all(each.plain for each in self.forwards) else None
 
 
 def _said(within: Range) -> str:

@@ -22,7 +22,7 @@ from wan.engine.monitor import Silent
 from wan.engine.ops.float8 import Float8Linear
 from wan.engine.placement import Placement, Policy
 from wan.engine.plan import Optimization, Plan
-from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, SegmentWrapper, TrunkWrapper
+from wan.engine.running import DenoiserWrapper, GroupRun, Hooks, Job, Sampling, SegmentWrapper, TrunkWrapper
 from wan.engine.sampling.guidance import Post
 from wan.engine.types import Coefficients, Component, Embeddings, Progress, Request, Step, Tiling
 from wan.engine.weights.stream import load_into
@@ -77,6 +77,10 @@ class Engine:
     def change_noise(self, change: Callable[[Tensor, Request], Tensor]) -> None:
         """Change the noise [1, C, T, H, W] each shot of the coming run begins with."""
         self._hooks.noise.append(change)
+
+    def sample_by(self, sampling: Sampling) -> None:
+        """Take steps and solver of the coming run from `sampling`, not from family and request."""
+        self._hooks.sampling = sampling
 
     def split_prompts(self, split: Callable[[str], Sequence[str]]) -> None:
         """Take a prompt of the coming run for several that follow each other, see `Denoising.scenes`."""
@@ -181,7 +185,7 @@ class Engine:
         plan = self.plan.changed([type(o) for o in self.plan.optimizations], given, source="generate()")
         for before, now in zip(self.plan.optimizations, plan.optimizations, strict=True):
             if before != now and not now.follows(before):
-                names = ", ".join(sorted(name for name in given if hasattr(now, name)))
+                names = ", ".join(sorted(name for name in given if hasattr(now, name))) or ", ".join(sorted(given))
                 raise IncompatibleOptions(
                     f"generate({names}=...) cannot be changed for one call: it acts while weights are loaded. "
                     "Pass it to the constructor."

@@ -31,6 +31,7 @@ class Order(enum.IntEnum):
     QUANTIZE = enum.auto()
     LAYERS = enum.auto()
     COMPILE = enum.auto()
+    SCHEDULE = enum.auto()
     BRANCHES = enum.auto()
     TRUNK = enum.auto()
     SHARD = enum.auto()
@@ -70,12 +71,23 @@ class Optimization:
         switch = dataclasses.fields(self)[0]
         return getattr(self, switch.name) not in (False, None, 0, "off")
 
+    def brings(self) -> Mapping[str, Any]:
+        """Values it asks for of options, of whichever optimisation, that nobody has set."""
+        return {}
+
+    def absolute(self) -> Mapping[str, Any]:
+        """Its options that name files, spelled so that they mean the same in any folder."""
+        return {}
+
     def follows(self, before: Optimization) -> bool:
         """Whether a call may have these options where the networks were loaded with those of `before`."""
         return self.per_call
 
     def check(self, hardware: Hardware) -> None:
         """Raise IncompatibleOptions or MissingPackage if this cannot run here."""
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise IncompatibleOptions or BadRequest if what it needs beside it is not in the plan."""
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
         """Raise BadCheckpoint if this cannot act on a checkpoint of these shapes. Nothing has been read but headers."""
@@ -111,6 +123,8 @@ class Plan:
     optimizations: tuple[Optimization, ...] = ()
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
     """Option name -> where its value comes from and, after a colon, why ("flag", "preset h100: ...")."""
+    brought: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
+    """Options whose value another one brought (`Optimization.brings`); they go when it goes."""
 
     @classmethod
     def of(
@@ -137,7 +151,9 @@ class Plan:
             if value is not None:
                 declared, owner = known[name]
                 chosen[owner][name] = check_value(declared, value, source)
-        return cls(tuple(owner(**fields) for owner, fields in chosen.items()), dict(reasons or {}))
+        brought = _bring(chosen, known)
+        made = tuple(owner(**fields) for owner, fields in chosen.items())
+        return cls(made, {**(reasons or {}), **brought}, frozenset(brought))
 
     def changed(
         self, registry: Iterable[type[Optimization]], values: Mapping[str, Any], *, source: str = "keyword"
@@ -145,12 +161,16 @@ class Plan:
         """This plan with some option values replaced; None leaves a value as it is."""
         given = {name: value for name, value in values.items() if value is not None}
         return Plan.of(
-            registry, self.values() | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)}
+            registry, self.own_values() | given, source=source, reasons={**self.reasons, **dict.fromkeys(given, source)}
         )
 
     def values(self) -> dict[str, Any]:
         """Option name -> value, for every option of every optimisation in the plan."""
         return {name: value for optimization in self.optimizations for name, value in vars(optimization).items()}
+
+    def own_values(self) -> dict[str, Any]:
+        """The same without what was brought: what makes this plan again."""
+        return {name: value for name, value in self.values().items() if name not in self.brought}
 
     def enabled(self) -> Iterator[Optimization]:
         """Those switched on, in the order of application."""
@@ -165,6 +185,7 @@ class Plan:
         active = {type(o).__name__: o for o in self.enabled()}
         for optimization in active.values():
             optimization.check(hardware)
+            optimization.check_plan(self)
             for conflict in optimization.conflicts:
                 if conflict.other in active and conflict.when(hardware):
                     mine, other = (switch_flag(type(o)) for o in (optimization, active[conflict.other]))
@@ -182,6 +203,21 @@ class Plan:
                     reason = f" ({self.reasons[o.name].partition(': ')[0]})" if o.name in self.reasons else ""
                     parts.append(f"{o.name}={value}{reason}")
         return ", ".join(parts) or "plain"
+
+
+def _bring(
+    chosen: dict[type[Optimization], dict[str, Any]], known: Mapping[str, tuple[Option, type[Optimization]]]
+) -> dict[str, str]:
+    """Add to `chosen` what those switched on ask for and nobody has set; option -> the flag it came with."""
+    found: dict[str, str] = {}
+    for asking in [owner(**fields) for owner, fields in chosen.items()]:
+        flag = switch_flag(type(asking))
+        for name, value in asking.brings().items() if asking.enabled else ():
+            if name in known and chosen[known[name][1]].get(name, known[name][0].default) == known[name][0].default:
+                declared, owner = known[name]
+                chosen[owner][name] = check_value(declared, value, flag)
+                found[name] = flag
+    return found
 
 
 def options(registry: Iterable[type[Optimization]]) -> list[Option]:

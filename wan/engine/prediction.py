@@ -85,7 +85,8 @@ class Models:
 class Video:
     """What is made, as far as it costs. `frames` are those computed together; `more_tokens` do not belong to them.
 
-    `encodes`: the VAE encodes pictures or frames first. `forwards` are those of a step.
+    `encodes`: the VAE encodes pictures or frames first. `forwards` are those of a step; where only some steps take so
+    many, `guided` is how many do, and the others take one.
     """
 
     width: int
@@ -93,6 +94,7 @@ class Video:
     frames: int
     steps: int = 50
     forwards: int = 2
+    guided: int | None = None
     texts: int = 2
     encodes: bool = False
     more_tokens: int = 0
@@ -168,6 +170,8 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
     beside = models.lora.on_card(models.transformer.swappable - swapped, swapped)
     stays = _staying(models, given, dit_bytes, beside)
     denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
+    alone_s = _denoise_seconds(models, replace(video, forwards=1), card, given, swapped)[0]
+    guided = video.steps if video.guided is None else video.guided
     decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given), given["vae_frames_per_call"])
     used = {
         "text": {"text encoder": _text_on_card(models.text, given)},
@@ -179,7 +183,8 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
         "decode": {"VAE": models.vae.num_bytes, "frames": decode_bytes},
     }
     seconds = {
-        "text": _text_seconds(models.text, video, card, given), "denoise": denoise_s * video.steps, "decode": decode_s,
+        "text": _text_seconds(models.text, video, card, given),
+        "denoise": denoise_s * guided + alone_s * (video.steps - guided), "decode": decode_s,
         "copies": _copied(models, given) / card.copy_rate,
     }  # fmt: skip
     if video.encodes:

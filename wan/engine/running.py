@@ -23,7 +23,7 @@ from wan.engine.sampling.guidance import Guidance, Post
 from wan.engine.sampling.loop import sample
 from wan.engine.sampling.noise import first_latents
 from wan.engine.sampling.schedule import segments
-from wan.engine.sampling.solvers import make_solver
+from wan.engine.sampling.solvers import Solver, make_solver
 from wan.engine.types import (
     Coefficients,
     Denoiser,
@@ -48,6 +48,8 @@ TrunkWrapper = Callable[[Trunk, nn.Module, Segment], Trunk]
 DenoiserWrapper = Callable[[Denoiser, nn.Module, Segment], Denoiser]
 SegmentWrapper = Callable[[nn.Module, Denoising], AbstractContextManager[None]]
 Observer = Callable[[Step, Tensor], None]
+Sampling = Callable[["Job", int], tuple[tuple[Step, ...], Solver]]
+"""(job, number of the shot) -> its steps, and a new solver for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,12 @@ class Job:
     """Filled by the run."""
 
 
+def plain_sampling(job: Job, shot: int) -> tuple[tuple[Step, ...], Solver]:
+    """The family's steps, and the solver that the request names."""
+    steps = job.family.schedule(job.request, job.config)
+    return steps, make_solver(job.request.solver, steps)
+
+
 @dataclass
 class Hooks:
     """What optimisations registered for one run; the methods of `Engine` say what each does."""
@@ -82,6 +90,7 @@ class Hooks:
     segment_wrappers: list[SegmentWrapper] = field(default_factory=list)
     settings: list[Callable[[], AbstractContextManager[None]]] = field(default_factory=list)
     noise: list[Callable[[Tensor, Request], Tensor]] = field(default_factory=list)
+    sampling: Sampling = plain_sampling
     prompts: Callable[[str], Sequence[str]] = lambda prompt: [prompt]
     tiling: Tiling | None = None
     frames_per_call: int = 0
@@ -173,19 +182,19 @@ class GroupRun:
         asked = [replace(request, prompt=part) for part in self.hooks.prompts(request.prompt)]
         scenes = [job.family.branches(each, shot, encoders) for each in asked]
         shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
-        steps = job.family.schedule(request, job.config)
+        steps, solver = self.hooks.sampling(job, each.index)
         if shot.known is not None:
             latents, frozen = shot.known.apply(latents, None), _frozen(shot.known)
             scenes = [{name: replace(branch, frozen=frozen) for name, branch in each.items()} for each in scenes]
         run = Denoising(
             request=request, shot=shot, index=each.index, branches=scenes[0], steps=steps, latents=latents,
-            solver=make_solver(request.solver, steps), generator=each.generator, carry=each.carry,
+            solver=solver, generator=each.generator, carry=each.carry,
             scenes=tuple(scenes) if len(scenes) > 1 else (),
         )  # fmt: skip
         if keeper:
             keeper.restore(run)
         planned = planned_forwards(steps[run.done :], self._coefficients(job), self.hooks.expectations)
-        each.forwards = Forwards(planned)
+        each.forwards = Forwards(planned, plain=0 if run.done else _plain_count(job))
         job.report.forwards.append(each.forwards)
         each.run = run
 
@@ -262,6 +271,13 @@ class GroupRun:
                 yield denoiser
         finally:
             dit.trunk = trunk  # type: ignore[assignment]
+
+
+def _plain_count(job: Job) -> int:
+    """Forwards of a shot as the request has it, whatever optimisations make of it."""
+    coefficients = job.family.coefficients(job.request, job.config)
+    planned = planned_forwards(job.family.schedule(job.request, job.config), coefficients)
+    return sum(most for _, most in planned.values())
 
 
 def _frozen(known: Known) -> Tensor:

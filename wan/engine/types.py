@@ -110,7 +110,10 @@ def _entries(frames: Sequence[int], rate: int, first: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Step:
-    """One solver step. `frame_t` overrides `t` per latent frame; `window` names the latent frames of a window."""
+    """One solver step. `frame_t` overrides `t` per latent frame; `window` names the latent frames of a window.
+
+    `lora` are factors of the LoRAs' strengths: none for 1, one for all of them, or one for each.
+    """
 
     index: int
     count: int
@@ -121,6 +124,11 @@ class Step:
     phase: int = 0
     frame_t: tuple[float, ...] | None = None
     window: tuple[int, ...] = ()
+    lora: tuple[float, ...] = ()
+
+    def lora_factor(self, number: int) -> float:
+        """How much of its strength the LoRA with this number, of those that change the expert, has in this step."""
+        return self.lora[number if len(self.lora) > 1 else 0] if self.lora else 1.0
 
 
 class Denoiser(Protocol):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import wan
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
+from wan.engine.given_loras import parsed
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import LoRA
-from wan.engine.optimizations.lora import parsed
 from wan.engine.weights.lora import merged, open_lora
 from wan.engine.weights.lora_names import target_of
 

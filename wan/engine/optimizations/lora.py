@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,12 +19,12 @@ from wan.engine.adapting import Adapted, Counts
 from wan.engine.beside import beside_of
 from wan.engine.engine import on_meta
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
+from wan.engine.given_loras import Given, parsed
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.placement import Policy
 from wan.engine.plan import Optimization, Order
 from wan.engine.prediction import Beside
-from wan.engine.sampling.schedule import span
 from wan.engine.types import EXPERTS, Component, Condition, Denoiser, Segment, Step
 from wan.engine.weights.lora import LoRAFile, merged, open_lora
 
@@ -34,30 +32,6 @@ if TYPE_CHECKING:
     from wan.engine.engine import Engine
 
 AT_RUN_TIME = ("onthefly", "stream")
-_SPELLED = re.compile(r"(?P<path>.+):(?P<strength>[^:@/\\]+)(?:@(?P<span>[^:@/\\]+))?")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A LoRA as it was asked for: its file, how strong, and in which share of the steps."""
-
-    path: Path
-    strength: float = 1.0
-    first: float = 0.0
-    last: float = 1.0
-
-    @property
-    def whole(self) -> bool:
-        """Whether it acts in every step."""
-        return (self.first, self.last) == (0.0, 1.0)
-
-    def at(self, step: Step) -> float:
-        """Its strength in a step."""
-        return self.strength if self.whole or self.first <= step.index / step.count < self.last else 0.0
-
-    def __str__(self) -> str:
-        steps = "" if self.whole else f"@{self.first:g}-{self.last:g}"
-        return f"{self.path.absolute()}:{self.strength:g}{steps}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +143,7 @@ class LoRA(Optimization):
         mine = [(lora.for_expert(name), given) for lora, given in found]
         if name in ("high", "low"):
             mine += [(open_lora(given.path), given) for given in self._given(f"lora_{name}")]
-        return [(lora, given) for lora, given in mine if lora.targets]
+        return [(lora, replace(given, number=i)) for i, (lora, given) in enumerate(mine) if lora.targets]
 
     def _given(self, option_name: str) -> list[Given]:
         return [parsed(text, f"--{option_name}") for text in getattr(self, option_name)]
@@ -182,23 +156,6 @@ class LoRA(Optimization):
             logging.getLogger(__name__).info(
                 "LoRA timing: %s, %d tensors read and merged in %.2f s", name, tensors, seconds
             )
-
-
-def parsed(text: str, flag: str) -> Given:
-    """FILE, FILE:STRENGTH or FILE:STRENGTH@FROM-TO, read from the right: a file's name may hold colons itself."""
-    if Path(text).expanduser().is_file():
-        return Given(Path(text).expanduser())
-    match = _SPELLED.fullmatch(text)
-    if match is None:
-        return Given(Path(text).expanduser())
-    try:
-        strength = float(match["strength"])
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise BadRequest(f"{flag} {text!r}: {match['strength']!r} is no number; write FILE, FILE:0.8 or FILE:0.8@0-0.5")
-    first, last = span(f"{flag} {text!r}:", match["span"]) if match["span"] is not None else (0.0, 1.0)
-    return Given(Path(match["path"]).expanduser(), strength, first, last)
 
 
 class _Changing:
@@ -215,11 +172,12 @@ class _Changing:
     def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
         strengths = tuple(given.at(step) for given in self._given)
         with self._adapted.at(strengths):
-            return self._inner(latents, step, self._own(strengths, branches))
+            stays = all(given.whole for given in self._given) and not step.lora
+            return self._inner(latents, step, branches if stays else self._own(strengths, branches))
 
     def _own(self, strengths: tuple[float, ...], branches: Mapping[str, Condition]) -> Mapping[str, Condition]:
         """The branches, with memories of their own where what embeds the text changes in the middle of a video."""
-        if all(given.whole for given in self._given) or not self._adapted.changes_outside_blocks:
+        if not self._adapted.changes_outside_blocks:
             return branches
         kept = self._branches.setdefault(strengths, {})
         for name, branch in branches.items():

@@ -97,6 +97,11 @@ class LoRAFile:
         """What is changed."""
         return frozenset(self._changes)
 
+    @property
+    def has_alpha(self) -> bool:
+        """Whether it says by itself how its ranks are scaled."""
+        return any("alpha" in change.keys for change in self._changes.values())
+
     def for_expert(self, name: str) -> LoRAFile:
         """What the file changes of "dit", "high" or "low". Raises BadCheckpoint for two experts where there is one."""
         if SECOND not in self._by_expert:
