@@ -10,12 +10,13 @@ Shapes: B batch, C channels, T frames, H height, W width; values [B, C, T, H, W]
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.video import Behind, Convolve, attend_places, behind, convolve, rms_norm
+from wan.engine.ops.video import Behind, attend_places, behind, convolve, convolve_add, rms_norm
 
 
 class FrameCache(dict[nn.Module, Tensor]):
@@ -45,12 +46,13 @@ class Chain(nn.Sequential):
 class Activated(Chain):
     """Causal convolutions, each behind a norm and SiLU; what else is in the chain only keeps upstream's indices."""
 
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        norms = (layer for layer in self if isinstance(layer, RMSNorm))
-        convolutions = (layer for layer in self if isinstance(layer, CausalConv3d))
-        for norm, convolution in zip(norms, convolutions, strict=True):
-            x = convolution.behind(convolution, norm.gamma, x, cache)
-        return x
+    def forward(self, x: Tensor, cache: FrameCache | None = None, other: Tensor | None = None) -> Tensor:
+        """`other` is added to what the last convolution makes."""
+        norms = [layer for layer in self if isinstance(layer, RMSNorm)]
+        *convolutions, last = [layer for layer in self if isinstance(layer, CausalConv3d)]
+        for norm, convolution in zip(norms, convolutions, strict=False):
+            x = convolution.behind(convolution, norm.gamma, x, cache, None)
+        return last.behind(last, norms[-1].gamma, x, cache, other)
 
 
 def with_past(x: Tensor, past: Tensor | None, frames: int) -> Tensor:
@@ -66,26 +68,28 @@ def last_frames(x: Tensor, frames: int) -> Tensor:
 class CausalConv3d(Causal, nn.Conv3d):
     """Conv3d whose time padding lies on the left: frame t sees frames t-2..t (time kernel 3) or t alone (kernel 1).
 
-    Two seams: `convolve` computes the convolution of frames that have their past in front; `behind` is it behind SiLU
-    and a norm with this gamma.
+    `behind` is a seam: the convolution behind SiLU and a norm with this gamma.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel // 2, kernel // 2))
         self.context = kernel - 1
-        self.convolve: Convolve = convolve
         self.behind: Behind = behind
 
-    def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: FrameCache | None = None, other: Tensor | None = None) -> Tensor:
+        """The convolution of x, plus `other` if there is one."""
         if not self.context:
-            return self.convolve(x, self)
-        return self.through(with_past(x, None if cache is None else cache.get(self), self.context), cache)
+            return convolve(x, self)
+        return self.through(with_past(x, None if cache is None else cache.get(self), self.context), cache, other)
 
-    def through(self, joined: Tensor, cache: FrameCache | None) -> Tensor:
+    def through(self, joined: Tensor, cache: FrameCache | None, other: Tensor | None) -> Tensor:
         """The convolution of frames that have their past in front."""
         if cache is not None:
             cache[self] = last_frames(joined, self.context)
-        return self.convolve(joined, self)
+        if other is None:
+            return convolve(joined, self)
+        assert self.bias is not None
+        return convolve_add(joined, self.weight, self.bias, cast("tuple[int, ...]", self.padding), other)
 
 
 class RMSNorm(nn.Module):
@@ -116,7 +120,7 @@ class ResidualBlock(Causal):
         self.shortcut = CausalConv3d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        return self.residual(x, cache).add_(self.shortcut(x))
+        return self.residual(x, cache, self.shortcut(x))
 
 
 class AttentionBlock(nn.Module):

@@ -13,16 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.engine.ops.op import Draw, op
 from wan.engine.ops.rows import runs
 
 __all__ = [
-    "Behind", "Convolve", "attend_by_products", "attend_places", "behind", "convolve", "doubling_weight",
+    "Behind", "attend_by_products", "attend_places", "behind", "convolve", "convolve_add", "doubling_weight",
     "enlarge_at_once", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "written_behind",
 ]  # fmt: skip
 
-Convolve = Callable[[Tensor, nn.Conv3d], Tensor]
-Behind = Callable[[Any, Tensor, Tensor, Any], Tensor]
-"""`(layer, gamma, x, cache) -> y`: a causal convolution behind a norm and SiLU, and what it remembers of a stream."""
+Behind = Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
+"""`(layer, gamma, x, cache, other) -> y`: a causal convolution behind a norm and SiLU, and what it remembers of a
+stream; `other` is added if there is one."""
 
 SCORES = 2**28
 """Attention scores that are kept at a time: 512 MiB in half precision, one frame of a 1280x720 video."""
@@ -41,6 +42,13 @@ def rms_norm(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(x, inverse, out=out).mul_(gamma)
 
 
+def _normed(draw: Draw) -> list[tuple[Any, ...]]:
+    x, out = draw(1, 20, 2, 3, 5, dtype=torch.bfloat16), draw(1, 20, 4, 3, 5, dtype=torch.bfloat16)
+    x, out = (each.contiguous(memory_format=torch.channels_last_3d) for each in (x, out))
+    return [(x, draw(20, 1, 1, 1)), (x, draw(20, 1, 1, 1), out[:, :, 2:])]
+
+
+@op(examples=_normed, tolerance=1e-2)
 def norm_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
     """SiLU of x's `rms_norm`; written into `out` if given."""
     normed = rms_norm(x, gamma, out)
@@ -48,30 +56,38 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def convolve(x: Tensor, layer: nn.Conv3d) -> Tensor:
-    """The layer's 3-D convolution of x.
+    """The layer's 3-D convolution of x."""
+    return _convolved(x, layer.weight, layer.bias, cast("tuple[int, ...]", layer.padding), layer.stride)
 
-    PyTorch keeps float32 with batch 1 and a small input away from oneDNN (aten/native/Convolution.cpp, `use_mkldnn`);
-    the fallback is 3 to 8 times slower and all that a short clip on the CPU would use.
-    """
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, ...], stride: tuple[int, ...] = (1, 1, 1)
+) -> Tensor:
+    # PyTorch keeps float32 with batch 1 and a small input away from oneDNN (aten/native/Convolution.cpp,
+    # `use_mkldnn`); the fallback is 3 to 8 times slower and all that a short clip on the CPU would use.
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(
-            x,
-            layer.weight,
-            layer.bias,
-            cast("tuple[int, ...]", layer.padding),
-            layer.stride,
-            layer.dilation,
-            layer.groups,
-        )
-    return F.conv3d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+        return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
 
 
-def behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
+def _joined(draw: Draw) -> list[tuple[Any, ...]]:
+    x, weight, other = draw(1, 20, 4, 5, 6), 0.05 * draw(24, 20, 3, 3, 3), draw(1, 24, 2, 5, 6)
+    x, weight, other = (each.bfloat16().contiguous(memory_format=torch.channels_last_3d) for each in (x, weight, other))
+    return [(x, weight, draw(24, dtype=torch.bfloat16), (0, 1, 1), other)]
+
+
+@op(examples=_joined, tolerance=1e-2)
+def convolve_add(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], other: Tensor) -> Tensor:
+    """A convolution of x, plus `other`."""
+    return _convolved(x, weight, bias, padding).add_(other)
+
+
+def behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any, other: Tensor | None) -> Tensor:
     """The causal convolution `layer` of `norm_silu`."""
-    return cast("Tensor", layer(norm_silu(x, gamma), cache))
+    return cast("Tensor", layer(norm_silu(x, gamma), cache, other))
 
 
-def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
+def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any, other: Tensor | None) -> Tensor:
     """`behind`, where the norm writes into the tensor that the convolution reads, behind the frames of the past.
 
     Nothing is copied but those; `behind` copies what the norm made, too.
@@ -83,7 +99,7 @@ def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any) -> Tensor:
     first = joined[:, :, : layer.context]
     first.zero_() if past is None else first.copy_(past)
     norm_silu(x, gamma, out=joined[:, :, layer.context :])
-    return cast("Tensor", layer.through(joined, cache))
+    return cast("Tensor", layer.through(joined, cache, other))
 
 
 def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
