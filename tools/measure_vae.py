@@ -1,6 +1,6 @@
 """Times the VAE computed in its several ways, interleaved, and says how far each is from the plain one.
 
-python tools/measure_vae.py --out docs/benchmarks/vae_cpu.json
+python tools/measure_vae.py --out docs/benchmarks/vae/cpu.json
 python tools/measure_vae.py --device cuda --size 832*480 --frames 17 --out vae_h100.json
 
 On a CPU one thread works and its CPU seconds are counted, which other work on the machine disturbs least; on a GPU CUDA

@@ -29,12 +29,13 @@ class VAEChannelsLast(Optimization):
     """Keep the VAE's activations with the channels last, as tensor cores and oneDNN read them, and let a norm write its
     result into the tensor that the next convolution reads: no copy, concatenation or padding of activations.
 
-    Convolutions may sum in another order: relative distance at most 1e-5 in float32 and 1e-2 in half precision.
+    Convolutions may sum in another order: relative distance at most 1e-5 in float32; in half precision they are as far
+    from float32 as the plain ones.
     """
 
     order = Order.LAYERS
     grade = "rounding"
-    tolerance = 1e-2
+    tolerance = 2e-2
     vae_channels_last: bool = option(False, "the VAE's activations with channels last, written where they are read")
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
@@ -52,13 +53,13 @@ class VAESubpixel(Optimization):
     the doubled frames, the largest tensors of a level, are never made.
 
     Taps that meet copies of one pixel are added when the VAE is loaded, in float32, and rounded once; the added weights
-    are kept beside the file's and take 2 % (VAE 2.1) or 5 % (VAE 2.2) of the VAE's bytes more. Relative distance at
-    most 1e-5 in float32 and 1e-2 in half precision. Source: Shi et al. 2016, arXiv:1609.07009.
+    are kept beside the file's and take 2 % (VAE 2.1) or 5 % (VAE 2.2) of the VAE's bytes more. Distances are
+    those of `vae_channels_last`. Source: Shi et al. 2016, arXiv:1609.07009.
     """
 
     order = Order.LAYERS
     grade = "rounding"
-    tolerance = 1e-2
+    tolerance = 2e-2
     vae_subpixel: bool = option(False, "enlarge the VAE's frames in one transposed convolution")
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
@@ -79,7 +80,7 @@ class VAEMatmulAttention(Optimization):
 
     order = Order.LAYERS
     grade = "rounding"
-    tolerance = 1e-2
+    tolerance = 2e-2
     vae_matmul_attention: bool = option(False, "the VAE's attention as plain matrix products")
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
