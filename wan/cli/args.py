@@ -130,6 +130,8 @@ FLAGS = (
     Flag("tokenizer", str, None, "umT5's tokenizer: a folder, tokenizer.json or spiece.model", CHECKPOINT),
     Flag("load_format", str, "auto", "dummy: random weights, no checkpoint needed", CHECKPOINT, ("auto", "dummy")),
     Flag("preset", str, "none", "options by NAME (configs/NAME.toml), FILE.toml, auto (by hardware) or none", RUN),
+    Flag("quality", str, None, "options by what they may cost: exact, nothing lossy; balanced; fast", RUN,
+         ("exact", "balanced", "fast")),
     Flag("device", str, "cuda, else cpu", "cpu, cuda or cuda:N", RUN),
     Flag("vram_budget", memory, "what is free, with --preset auto", "GPU memory to stay within, such as 12GB", RUN),
     Flag("reserve_vram", memory, "what others use, and 0.3GB", "GPU memory to leave to others, such as 4GB", RUN),

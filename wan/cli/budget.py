@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
+from wan.cli.quality_sets import may_use
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.optimizations import FP8, T5FP8, FewStep, LoRA, Precision
@@ -133,7 +134,7 @@ def planner_of(
     video: Video | None = None,
 ) -> Planner:
     """What chooses for this job; `video` replaces the one that is wanted."""
-    names = {o.name for o in options(registry)} & PLAIN.keys()
+    names = {o.name for o in options(may_use(args, registry))} & PLAIN.keys()
     pinned = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "auto")}
     fp8 = plan.get(FP8)
     if fp8.enabled:

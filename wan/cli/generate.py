@@ -221,7 +221,8 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
         fetch(job.wanted)
     job = recorded(args, job)
     job = dataclasses.replace(
-        job, notes=(*known_bad(job.record["versions"]), *recalled.notes, *recalled.differences(job.record))
+        job,
+        notes=(*job.notes, *known_bad(job.record["versions"]), *recalled.notes, *recalled.differences(job.record)),
     )
     return carried(job, recalled.repeated)
 
@@ -250,6 +251,7 @@ def examine(
     from wan.cli import extension
     from wan.cli.budget import budget_of, within_budget
     from wan.cli.presets import plan_and_preset
+    from wan.cli.quality_sets import notes
     from wan.cli.request import resolve
     from wan.engine.plan import Plan
 
@@ -263,7 +265,7 @@ def examine(
     return Job(
         wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
         crf=args.crf, care=care, extend=extension.asked(args, wanted), preset=preset, budget=budget,
-        prediction=prediction,
+        prediction=prediction, notes=notes(args, wanted),
     )  # fmt: skip
 
 

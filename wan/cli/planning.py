@@ -90,7 +90,7 @@ def plan_queue(args: argparse.Namespace, registry: Sequence[type[Optimization]],
     batch, notes = _batch(args, jobs[0])
     return Queue(
         items=list(_compared(items, results)), results=results, batch=batch, drawn_seed=seed if drawn else None,
-        notes=notes,
+        notes=(*notes, *dict.fromkeys(note for job in jobs for note in job.notes)),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from wan.cli import quality_sets
 from wan.cli.args import PROGRAM_DEFAULTS
 from wan.cli.cards import nearest
 from wan.cli.few_step import refuse_what_it_decides, told_by_name
@@ -47,7 +48,7 @@ class Preset:
 def make_plan(
     args: argparse.Namespace, registry: Sequence[type[Optimization]], hardware: Hardware, default: str
 ) -> Plan:
-    """How to run: option default < what the command line always chooses < preset < flag, each with its reason.
+    """How to run: option default < what the command line always chooses < preset < --quality < flag, with reasons.
 
     Raises IncompatibleOptions or BadRequest before anything is loaded.
     """
@@ -63,21 +64,26 @@ def plan_and_preset(
     values = {name: value for name, (value, _) in here.items()}
     reasons = {name: why for name, (_, why) in here.items()}
     flags = {name: getattr(args, name) for name in known if getattr(args, name) is not None}
+    chosen = quality_sets.chosen(args, flags)
     name, wanted = (args.preset, "flag") if args.preset is not None else (default, "default")
     preset = find_preset(name, hardware, wanted)
     if preset is not None:
         said = read_preset(preset.path)
         Plan.of(registry, said, source=f"preset {preset.path.name}")
         if preset.ours:
-            said, left_out = _going_with(registry, said, values, flags, hardware)
-            preset = replace(preset, left_out=left_out)
+            said, left_out = quality_sets.permitted(args, registry, said)
+            said, more = _going_with(registry, said, values, chosen | flags, hardware)
+            preset = replace(preset, left_out=(*left_out, *more))
         why = comments(preset.path)
         values |= said
         source = f"preset {preset.name}"
         reasons |= {name: f"{source}: {why[name]}" if name in why else source for name in said}
+    reasons |= {name: f"--quality {args.quality}" for name in chosen}
     reasons |= {name: taken_from(args, name) or "flag" for name in flags}
-    plan = Plan.of(registry, values | flags, source="flag", reasons=reasons)
-    plan.check(hardware)
+    plan = Plan.of(registry, values | chosen | flags, source="flag", reasons=reasons)
+    with quality_sets.naming(args, chosen):
+        plan.check(hardware)
+    quality_sets.refuse_lossy(args, plan)
     refuse_what_it_decides(args, plan)
     return plan, preset
 

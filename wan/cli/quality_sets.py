@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import shlex
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from wan.engine.errors import IncompatibleOptions
-from wan.engine.plan import Optimization, Plan, switch_flag
+from wan.engine.plan import Optimization, Plan, options, switch_flag
 from wan.resources import folder
 
 if TYPE_CHECKING:
@@ -27,22 +28,44 @@ def read_set(name: str) -> Mapping[str, Any]:
     return dict(_table()[name])
 
 
-def lossy(registry: Sequence[type[Optimization]]) -> list[type[Optimization]]:
-    """The optimisations that change more than rounding."""
-    return [kind for kind in registry if kind.grade == "lossy"]
+def chosen(args: argparse.Namespace, flags: Collection[str]) -> dict[str, Any]:
+    """What `--quality` chooses beside the options that are spelled."""
+    asked = {} if args.quality is None else read_set(args.quality)
+    return {name: value for name, value in asked.items() if name not in flags}
+
+
+def permitted(
+    args: argparse.Namespace, registry: Sequence[type[Optimization]], said: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What of a shipped preset stays, and what is left out with the reason."""
+    able = {o.name for o in options(may_use(args, registry))}
+    kept = {name: value for name, value in said.items() if name in able}
+    return kept, tuple(f"{name}: --quality exact has nothing that is lossy" for name in said if name not in kept)
+
+
+def may_use(args: argparse.Namespace, registry: Sequence[type[Optimization]]) -> list[type[Optimization]]:
+    """Those that may be chosen without being asked for."""
+    return [kind for kind in registry if args.quality != "exact" or kind.grade != "lossy"]
+
+
+@contextmanager
+def naming(args: argparse.Namespace, chosen: Mapping[str, Any]) -> Iterator[None]:
+    """Says in an IncompatibleOptions what was chosen, as nobody spelled it."""
+    try:
+        yield
+    except IncompatibleOptions as error:
+        if not chosen:
+            raise
+        said = ", ".join(f"{name} = {value}" for name, value in chosen.items())
+        raise type(error)(f"{error} (--quality {args.quality} chooses {said}; a flag wins over it)") from error
 
 
 def refuse_lossy(args: argparse.Namespace, plan: Plan) -> None:
     """Raise IncompatibleOptions where `--quality exact` stands beside something lossy that is switched on."""
-    if args.quality != "exact":
-        return
-    for optimization in plan.enabled():
+    for optimization in plan.enabled() if args.quality == "exact" else ():
         if optimization.grade == "lossy":
             flag = switch_flag(type(optimization))
-            source = plan.reasons.get(flag.removeprefix("--"), "flag")
-            raise IncompatibleOptions(
-                f"--quality exact and {flag} ({source}) do not go together: {flag} is lossy. Drop one of them."
-            )
+            raise IncompatibleOptions(f"--quality exact and {flag} do not go together: it is lossy. Drop one of them.")
 
 
 def notes(args: argparse.Namespace, wanted: Wanted) -> tuple[str, ...]:

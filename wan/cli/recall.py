@@ -51,6 +51,9 @@ def recall(args: argparse.Namespace) -> Recalled:
     care = _care(args)
     if not given:
         return Recalled(care=care)
+    if args.quality is not None:
+        flag = f"--{given[0].rstrip('_')}"
+        raise BadRequest(f"--quality {args.quality}: {flag} has its options already; leave one of the two out")
     path = Path(getattr(args, given[0])).expanduser()
     if given[0] == "resume":
         return _resumed(args, care, path)
