@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from limits import page as limits_page  # noqa: E402
 
 from wan.cli import args as cli  # noqa: E402
 from wan.cli import benchmark, naming, presets  # noqa: E402
+from wan.cli.benchmarking import summary  # noqa: E402
+from wan.cli.benchmarking.cases import cases_of  # noqa: E402
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS  # noqa: E402
 from wan.engine.optimizations import registry  # noqa: E402
 from wan.engine.options import Option, options_of  # noqa: E402
@@ -74,9 +77,39 @@ def optimizations_page() -> str:
         for kind in ordered
     ]
     lines += table(("", "does", "default", "result"), rows)
+    lines += measured()
     for kind in ordered:
         lines += ["", *optimization_section(kind)]
     return "\n".join(lines) + "\n"
+
+
+def measured() -> list[str]:
+    """What the survey of the demo model found, and what it did not look at."""
+    path = ROOT / "docs" / "benchmarks" / "quality-t2v-demo.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows, seen = found["rows"], {row["variant"] for row in found["rows"] if row["runs"]}
+    count = max(row["runs"] for row in rows)
+    missing = [case.label for case in cases_of(registry(), trained=33, cuda=True) if case.label not in seen]
+    return [
+        "",
+        "## Measured on the demo model",
+        "",
+        f"Demo numbers: {count} prompts, {rows[0]['frames']} frames of {rows[0]['size']}, {rows[0]['steps']} steps, on",
+        f"{rows[0]['hardware']}, commit {found['commit']}; the whole survey is 400 prompts. A small model on easy pictures:",
+        "read the order, not the numbers, into other checkpoints, and measure yours with `benchmark_t2v.py --mode quality`.",
+        "The columns are explained in [benchmarks](benchmarks/README.md#quality); of a difference zero within the interval",
+        "means that none was seen. Everything recorded: [quality-t2v-demo.json](benchmarks/quality-t2v-demo.json).",
+        "",
+        *summary.markdown(rows),
+        "",
+        *(f"`--quality {row['quality']}` is `{row['variant']}`." for row in rows if row["quality"]),
+        "",
+        f"Not in it yet: {', '.join(f'`{label}`' for label in missing)}." if missing else "All rows are in it.",
+        "",
+        f"![One clip of each row]({path.relative_to(ROOT / 'docs').with_suffix('.png').as_posix()})",
+    ]
 
 
 def optimization_section(kind: type[Optimization]) -> list[str]:
