@@ -99,8 +99,8 @@ def measured() -> list[str]:
         f"Demo numbers: {count} prompts, {rows[0]['frames']} frames of {rows[0]['size']}, {rows[0]['steps']} steps, on",
         f"{rows[0]['hardware']}, commit {found['commit']}; the whole survey is 400 prompts. A small model on easy",
         "pictures: read the order, not the numbers, into other checkpoints, and measure yours with",
-        "`benchmark_t2v.py --mode quality`. The columns are explained in [benchmarks](benchmarks/README.md#quality); of",
-        "a difference zero within the interval means that none was seen. Everything that was recorded:",
+        "`benchmark_t2v.py --mode quality`. What the columns are: [benchmarks](benchmarks/README.md#quality); an interval",
+        "of a difference that holds zero means that none was seen. Everything that was recorded:",
         "[quality-t2v-demo.json](benchmarks/quality-t2v-demo.json).",
         "",
         *summary.markdown(rows),
@@ -286,10 +286,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     args = parser.parse_args()
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    made = pages()
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if not args.check:
-            path.write_text(pages()[path], encoding="utf-8")
+            path.write_text(made[path], encoding="utf-8")
         print(f"{path.relative_to(ROOT)} {'is out of date: run make docs' if args.check else 'written'}")
     return 1 if args.check and stale else 0
 
