@@ -220,11 +220,8 @@ def check(args: argparse.Namespace, registry: Sequence[type[Optimization]], defa
     if not args.print_plan:
         fetch(job.wanted)
     job = recorded(args, job)
-    job = dataclasses.replace(
-        job,
-        notes=(*job.notes, *known_bad(job.record["versions"]), *recalled.notes, *recalled.differences(job.record)),
-    )
-    return carried(job, recalled.repeated)
+    said = (*known_bad(job.record["versions"]), *recalled.notes, *recalled.differences(job.record))
+    return carried(dataclasses.replace(job, notes=(*job.notes, *said)), recalled.repeated)
 
 
 def recorded(args: argparse.Namespace, job: Job) -> Job:

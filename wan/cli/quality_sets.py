@@ -62,8 +62,8 @@ def naming(args: argparse.Namespace, chosen: Mapping[str, Any]) -> Iterator[None
 
 def refuse_lossy(args: argparse.Namespace, plan: Plan) -> None:
     """Raise IncompatibleOptions where `--quality exact` stands beside something lossy that is switched on."""
-    for optimization in plan.enabled() if args.quality == "exact" else ():
-        if optimization.grade == "lossy":
+    for optimization in plan.enabled():
+        if args.quality == "exact" and optimization.grade == "lossy":
             flag = switch_flag(type(optimization))
             raise IncompatibleOptions(f"--quality exact and {flag} do not go together: it is lossy. Drop one of them.")
 
