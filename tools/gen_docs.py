@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "tests" / "cli")]
 import fault_table  # noqa: E402 (what is promised and tested)
 import guide_pages  # noqa: E402
 from guide_pages import GENERATED, table  # noqa: E402
+from limits import analysis_page  # noqa: E402
 from limits import page as limits_page  # noqa: E402
 
 from wan.cli import args as cli  # noqa: E402
@@ -279,6 +280,7 @@ def pages() -> dict[Path, str]:
         docs / "OPTIMIZATION_SUMMARY.md": guide_pages.summary_page(),
         docs / "BENCHMARK_RESULTS.md": guide_pages.results_page(),
         docs / "benchmarks" / "limits.md": limits_page.page(),
+        **{docs / name: text for name, text in analysis_page.pages().items()},
     }
 
 

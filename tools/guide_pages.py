@@ -61,7 +61,8 @@ def _choices(task: str, size: str) -> Iterator[list[str]]:
 
 
 @functools.cache
-def _sizes(task: str) -> Models:
+def sizes(task: str) -> Models:
+    """The networks of a task, by their sizes."""
     return models_of(dummy_components(WAN_CONFIGS[task]))
 
 
@@ -72,7 +73,7 @@ def _planned(task: str, size: str, budget: int) -> tuple[Prediction | None, int]
     width, height = map(int, size.split("*"))
     video = Video(width=width, height=height, frames=config.frame_num, steps=config.sample_steps)
     wishes = Wishes(available=known, others={"compile": True})
-    planner = Planner(_sizes(task), video, card_for(budget * GB), wishes)
+    planner = Planner(sizes(task), video, card_for(budget * GB), wishes)
     least = planner.least()
     return (planner.choose(budget * GB) if least <= budget * GB else None), least
 
