@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 20 --out docs/benchmarks/fp8_t2v-demo_cpu.json
 
-Every variant makes the clips of the plain model from the same noise, in float32. A block's error is that of what it adds
-to the residual stream, each block being given what the plain model gives it. int8 (weights and inputs, a scale for each
-row) lives in this script alone: it shows whether it would be worth having.
+Every variant makes the clips of the plain model from the same noise, in float32. A block's error is that of what it
+adds to the residual stream, each block being given what the plain model gives it. int8 (weights and inputs, a scale for
+each row) lives in this script alone: it shows whether it would be worth having.
 """
 
 from __future__ import annotations

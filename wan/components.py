@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadCheckpoint
 from wan.engine.types import Component
 from wan.engine.weights.dialects import CLIP, DIT, SPIECE, TEXT_ENCODER, VAE, open_network
+from wan.engine.weights.quantised import QuantisedFile
 from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
 from wan.layouts import CheckpointFiles, Places, experts_of, locate
 from wan.layouts.models import Shapes, model_of
@@ -198,8 +199,10 @@ class Network:
 
     def checked(self) -> nn.Module:
         """The module, once the file's keys and shapes are known to be its own."""
-        module = self.module()
-        check_fit(module, self.open())
+        module, weights = self.module(), self.open()
+        check_fit(module, weights)
+        if isinstance(weights, QuantisedFile):
+            weights.check_scales()
         self.__dict__["_kept"] = module
         return module
 

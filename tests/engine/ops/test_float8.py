@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.float8 import Coded, Float8Linear, quantize_rows, quantize_weight
+from wan.engine.ops.float8 import (
+    Coded,
+    Float8Linear,
+    card_product,
+    quantize_rows,
+    quantize_weight,
+    scaled_product,
+)
 from wan.engine.ops.linear import project
 
 NORMAL = [2.0**e * (1 + m / 8) for e in range(-6, 9) for m in range(8)]
@@ -115,6 +122,19 @@ def test_a_scaled_layer_is_the_float64_product_of_quantised_rows(bias: bool) -> 
     np.testing.assert_allclose(out.detach().double().numpy(), expected, rtol=2**-8, atol=1e-6 * np.abs(expected).max())
     error = (out - plain(x)).float().norm() / plain(x).float().norm()
     assert 0.005 < error < 0.06
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_call_for_the_card_is_the_definition(bias: bool) -> None:
+    """Layouts and scales as PyTorch wants them, on its CPU kernel; one bfloat16 rounding apart at most."""
+    (codes, scale), (weight, rows) = (quantize_rows(torch.randn(n, 96) * torch.rand(n, 1)) for n in (64, 48))
+    added = torch.randn(48).bfloat16() if bias else None
+    try:
+        found = card_product(codes, scale, weight, rows, added)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"this PyTorch has no such product on the CPU: {error}")
+    expected = scaled_product(codes, scale, weight, rows, added)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-3)
 
 
 def test_layers_that_share_an_input_quantise_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,16 +136,21 @@ def _(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def scaled_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """bfloat16 [M, N] of quantised rows [M, K] and weight [N, K]: products of e4m3, summed and scaled in float32.
 
-    On CUDA this is `torch._scaled_mm`; elsewhere the same arithmetic in float32, to check it by.
+    On CUDA this is `card_product`; elsewhere the same arithmetic in float32, to check it by.
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
     if codes.is_cuda:
-        return torch._scaled_mm(
-            codes, weight.t(), scale_a=scale, scale_b=weight_scale.t(), bias=bias, out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )  # fmt: skip
+        return card_product(codes, scale, weight, weight_scale, bias)
     out = torch.mm(codes.float(), weight.float().t()) * scale * weight_scale.t()
     return (out if bias is None else out + bias).to(torch.bfloat16)
+
+
+def card_product(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`scaled_product` by PyTorch's own operation, which newer versions have on the CPU too."""
+    return torch._scaled_mm(
+        codes, weight.t(), scale_a=scale, scale_b=weight_scale.t(), bias=bias, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
 
 
 def scaled_refusal(device: torch.device) -> str | None:

@@ -81,6 +81,11 @@ class QuantisedFile(WeightFile):
             yield key, self._read(key, tensor, scales)
             del tensor  # not kept alive while the next one is read
 
+    def check_scales(self) -> None:
+        """Raise BadCheckpoint for a scale that is none, naming it. Reads scales, which are small, and no weight."""
+        for name, scale in self._stored.stream(self._scales.values()):
+            self._check(name, scale.float())
+
     def told(self) -> str:
         """How the file has its weights in 8 bits, in words; "" where it has none."""
         shapes, dtypes = self._stored.shapes(), self._stored.dtypes()
@@ -105,8 +110,8 @@ class QuantisedFile(WeightFile):
     def _read(self, key: str, tensor: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
         name = self._scales.get(key)
         scale = torch.ones(1) if name is None else scales[name].float().flatten()
-        if name is not None and not (scale.isfinite() & (scale > 0)).all():
-            raise self._bad(name, "holds numbers that no scale can be (zero, negative or not finite)")
+        if name is not None:
+            self._check(name, scale)
         if tensor.dtype in FLOAT8:
             return Coded(tensor, scale.view(-1, *(1 for _ in tensor.shape[1:])))
         if not (scale == 1).all():  # converters give layers that they leave alone a scale of 1
@@ -114,6 +119,10 @@ class QuantisedFile(WeightFile):
                 str(name), f"is not 1, and its weight is {tensor.dtype}: it is not known whether to apply it"
             )
         return tensor
+
+    def _check(self, name: str, scale: Tensor) -> None:
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise self._bad(name, "holds numbers that no scale can be (zero, negative or not finite)")
 
     def _bad(self, key: str, what: str) -> BadCheckpoint:
         return BadCheckpoint(
