@@ -34,6 +34,7 @@ Generate = Callable[..., Tensor]
 
 UPSTREAM: Settings = {
     "tf32": None, "bf16_reduced_precision": None, "convert_model_dtype": False, "param_dtype": None,
+    "residual_dtype": "float32",
     "attention": "sdpa", "kernels": "torch", "compile": False,
     "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
     "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
@@ -230,7 +231,7 @@ class Counting:
     ) -> Tensor:
         self.calls.append(branches)
         self.conditions.append(condition)
-        assert latents.shape[0] == timestep.shape[0] == condition.context.shape[0] == len(branches)
+        assert latents.shape[0] == condition.context.shape[0] == len(branches) and len(timestep) == 1
         return latents * condition.context.mean(dim=(1, 2))[:, None, None, None, None]
 
 

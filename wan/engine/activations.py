@@ -11,9 +11,6 @@ from wan.engine.ops.rows import RUN_VALUES
 
 __all__ = ["dit_activation_bytes"]
 
-STREAM_BYTES = 4
-"""The residual stream is float32 whatever the weights are."""
-
 
 def dit_activation_bytes(  # noqa: PLR0913 - a formula of plain numbers, all by name
     *,
@@ -26,14 +23,16 @@ def dit_activation_bytes(  # noqa: PLR0913 - a formula of plain numbers, all by 
     ffn_rows: int = 0,
     attention_rows: int = 0,
     param_bytes: int = 2,
+    stream_bytes: int = 4,
     streams: int = 1,
 ) -> int:
     """Peak bytes of a forward's own tensors, weights not among them.
 
     `tokens` counts all of the trunk, appended ones too. `ffn_rows` and `attention_rows` are those options, 0 for all
-    tokens at once. `param_bytes` is the size of the dtype that Linear layers compute in. `streams` is how many
-    residual streams live at once: one more where a trunk wrapper keeps its input (step caches), for VACE's side stack,
-    and for compiled blocks.
+    tokens at once. `param_bytes` is the size of the dtype that Linear layers compute in, `stream_bytes` of the
+    residual stream's, which is float32 whatever the weights are unless it is chosen. `streams` is how many of these
+    live at once: one more where a trunk wrapper keeps its input (step caches), for VACE's side stack, and for compiled
+    blocks.
     """
     width = batch * dim * param_bytes  # of a token in the compute dtype
     fed, asked = (min(rows or tokens, tokens) for rows in (ffn_rows, attention_rows))
@@ -46,7 +45,7 @@ def dit_activation_bytes(  # noqa: PLR0913 - a formula of plain numbers, all by 
     else:
         attention = keys + tokens * width + max(tokens * (width + row_sums), turning)
     hidden = fed * batch * (dim + ffn_dim) * param_bytes
-    stream = streams * tokens * batch * dim * STREAM_BYTES
+    stream = streams * tokens * batch * dim * stream_bytes
     places = tokens * (4 * head_dim + 8 + 8)
     text = batch * text_len * dim * param_bytes
     return stream + max(attention, hidden) + places + text

@@ -113,7 +113,7 @@ PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
     "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off", "fp8": "off",
-    "share_first_block": False, "keep_text_keys": False, "vae_frames_per_call": 0,
+    "share_first_block": False, "keep_text_keys": False, "residual_dtype": "float32", "vae_frames_per_call": 0,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -263,7 +263,8 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
     live = dit_activation_bytes(
         dim=net.dim, ffn_dim=net.ffn_dim, tokens=tokens, batch=batch, text_len=net.text_len + net.image_tokens,
         head_dim=net.dim // net.num_heads, ffn_rows=given["ffn_rows"], attention_rows=given["attention_rows"],
-        param_bytes=net.element_size, streams=1 + 2 * net.side_streams + bool(given["compile"]) + keeps,
+        param_bytes=net.element_size, stream_bytes=2 if given["residual_dtype"] == "bfloat16" else 4,
+        streams=1 + 2 * net.side_streams + bool(given["compile"]) + keeps,
     )  # fmt: skip
     # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype.
     parts = {"activations": live + batch * net.side_streams * one}

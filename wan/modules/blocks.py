@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadRequest
 from wan.engine.ops.attention import masked, sdpa
 from wan.engine.ops.float8 import Quantized
-from wan.engine.ops.linear import gelu_between, norm_before, project
+from wan.engine.ops.linear import gelu_between, linear, norm_before, project
 from wan.engine.ops.modulate import gated_add
 from wan.engine.ops.norms import norm_rotate, rms_norm
 from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
@@ -223,14 +223,13 @@ class WanSelfAttention(nn.Module):
 
     def queries(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         """Queries [B, L, N, D / N] of the tokens that enter."""
-        return self.normed(self.q(x), self.norm_q, inputs.rope)
+        return self.normed(linear(x, self.q), self.norm_q, inputs.rope)
 
     def merge(self, out: Tensor, q: Tensor, inputs: BlockInputs) -> Tensor:
         """The attention output and that of every extra, summed, through the output projection."""
         for extra in self.extras.values():
             out = out + extra(q, inputs)
-        projected: Tensor = self.o(out.flatten(2).to(inputs.context.dtype))
-        return projected
+        return linear(out.flatten(2).to(inputs.context.dtype), self.o)
 
     def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         q, k, v = project(x, self.q, self.k, self.v)
@@ -263,7 +262,7 @@ class WanCrossAttention(WanSelfAttention):
         return self.normed(k, self.norm_k), self.heads(v)
 
     def queries(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
-        return self.normed(self.q(x), self.norm_q)
+        return self.normed(linear(x, self.q), self.norm_q)
 
     def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         q = self.queries(x, inputs)
@@ -310,8 +309,7 @@ class FeedForward(nn.Sequential):
         expand, _, contract = self
         hidden = gelu_between(x, expand, contract)
         del x
-        out: Tensor = contract(hidden)
-        return out
+        return linear(hidden, contract)
 
 
 class WanAttentionBlock(nn.Module):

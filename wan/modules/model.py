@@ -110,6 +110,8 @@ class WanModel(nn.Module):
             self.adapters[CLIP] = ImageAdapter()
         self.run_block: RunBlock = call_block
         self.rope_table: RopeTable = grid_table
+        self.stream_dtype = torch.float32
+        """Of the tokens between the blocks; what is added to them is computed in float32 all the same."""
         self._trunk: Trunk | None = None
         self.init_weights()
 
@@ -133,9 +135,9 @@ class WanModel(nn.Module):
     ) -> Tensor:
         """The velocity at `latents`, float32 [B, out_dim, T, H, W].
 
-        latents [B, C, T, H, W]; timestep [B], [B, T] (one per latent frame) or [B, L] (one per token), 0..1000, of any
-        real dtype. Text embeddings and rotary tables are kept in `condition`, which must not be shared between
-        weights that change (training) or experts that `step` does not name. Nothing here waits for the device.
+        latents [B, C, T, H, W]; timestep [B], [1] (for all), [B, T] (one per latent frame) or [B, L] (one per token),
+        0..1000, of any real dtype. Text embeddings and rotary tables are kept in `condition`, which must not be shared
+        between weights that change (training) or experts that `step` does not name. Nothing here waits for the device.
         """
         if timestep.ndim == 1:
             return self._predict(latents, timestep[:, None], None, condition, step, branches)
@@ -188,6 +190,7 @@ class WanModel(nn.Module):
         )
         for adapter in self._adapters():
             tokens, inputs = adapter.embed(self, tokens, inputs, condition)
+        tokens = tokens.to(self.stream_dtype)
         tokens = self.trunk(tokens, inputs, condition, step)[:, : math.prod(grid)]
         return unpatchify(self.head(tokens, embedding, rows), grid, self.patch_size)
 

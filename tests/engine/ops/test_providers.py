@@ -115,8 +115,14 @@ def test_auto_takes_the_first_working_kernel_of_each_operation(offer: Callable[.
     assert choose("first", CPU) == {}
 
 
-def test_auto_is_off_on_a_cpu_and_a_named_provider_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose("auto", CPU) == {} and refusal("auto", CPU) is None and refusal("torch", CPU) is None
+def test_auto_finds_what_is_for_cpus_and_a_named_provider_is_refused_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_cpu = {each.name: name for each, (name, _) in choose("auto", CPU).items()}
+    assert on_cpu == {"norm_rotate": "cpu", "linear": "cpu"}
+    assert refusal("auto", CPU) is None and refusal("torch", CPU) is None
+    with pytest.raises(UnsupportedHardware, match="--kernels cpu is for CPUs, this is .*; use --kernels auto or torch"):
+        choose("cpu", H100)
     with pytest.raises(
         UnsupportedHardware, match="--kernels triton needs .* sm_80 .* CPU; use --kernels auto or torch"
     ):

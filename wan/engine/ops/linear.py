@@ -20,7 +20,7 @@ def project(x: Tensor | Quantized, *layers: Callable[..., Tensor]) -> tuple[Tens
     """What every layer makes of `x`, in order. Layers that multiply in 8 bits share one quantised `x`."""
     if not isinstance(x, Quantized) and all_scaled(layers):
         x = Quantized(*quantize_rows(x), x.dtype)
-    return tuple(layer(x) for layer in layers)
+    return tuple(linear(x, layer) for layer in layers)
 
 
 def norm_before(
@@ -54,6 +54,20 @@ def _examples(draw: Draw) -> list[tuple[Any, ...]]:
 
 
 @op(examples=_examples, tolerance=1e-2)
+def linear(x: Tensor | Quantized, layer: Callable[..., Tensor]) -> Tensor:
+    """`layer(x)`."""
+    return layer(x)
+
+
+def linear_onednn(x: Tensor | Quantized, layer: Callable[..., Tensor]) -> Tensor:
+    """`linear` in bfloat16 on a CPU with the bias added while the product is in registers; PyTorch copies it first."""
+    if isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.bfloat16 and _plain(layer, x):
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+        return made
+    return NotImplemented
+
+
+@op(examples=_examples, tolerance=1e-2)
 def linear_gelu(x: Tensor | Quantized, layer: nn.Module) -> Tensor:
     """tanh-GELU of `layer(x)`, written over it where that is allowed: in a feed-forward nothing is larger.
 
@@ -73,7 +87,7 @@ def linear_gelu_cublas(x: Tensor | Quantized, layer: nn.Module) -> Tensor:
     return NotImplemented
 
 
-def _plain(layer: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+def _plain(layer: object, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether `layer` is a plain Linear whose product with `x` nobody traces, differentiates or listens to."""
     return (
         type(layer) is nn.Linear

@@ -56,12 +56,12 @@ def norm_modulate(
 
 @op(examples=lambda draw: [(x, y, gate, rows) for x, y, gate, _, _, rows, *_ in _examples(draw)], tolerance=1e-5)
 def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) -> Tensor:
-    """x + y * gate in float32, written into `x` where that is allowed.
+    """x + y * gate, computed in float32, in x's dtype; written into `x` where that is allowed.
 
-    x float32 [B, L, D], y [B, L, D] of any float dtype, gate [B, U, D].
+    x and y [B, L, D] of any float dtype, gate float32 [B, U, D].
     """
     if not may_write():
-        return torch.addcmul(x, y, pick(gate, rows))
+        return torch.addcmul(x, y, pick(gate, rows)).to(x.dtype)
     for at in runs(x.shape[1], run_length(x)):
         x[:, at].addcmul_(y[:, at], pick(gate, rows, at))
     return x

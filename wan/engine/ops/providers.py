@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
-from wan.engine.ops import encoder, float8, linear, modulate, norms
+from wan.engine.ops import cpu, encoder, float8, linear, modulate, norms
 from wan.engine.ops.attention import installed
 from wan.engine.ops.op import Kernel, Op
 
@@ -43,7 +43,8 @@ class Provider:
 
     name: str
     load: Callable[[], Table]
-    min_sm: tuple[int, int]
+    min_sm: tuple[int, int] | None
+    """The oldest card it serves; None: it is for CPUs."""
     package: str | None = None
     install: str = ""
     errors: Callable[[], tuple[type[Exception], ...]] = lambda: ()
@@ -53,7 +54,11 @@ class Provider:
 
     def refusal(self, hardware: Hardware) -> WanError | None:
         """Why it cannot serve here, as the error to raise; None where it can."""
-        if not hardware.is_cuda or hardware.sm < self.min_sm:
+        if self.min_sm is None and hardware.device.type != "cpu":
+            return UnsupportedHardware(
+                f"--kernels {self.name} is for CPUs, this is {hardware}; use --kernels auto or torch"
+            )
+        if self.min_sm is not None and (not hardware.is_cuda or hardware.sm < self.min_sm):
             needed = f"sm_{self.min_sm[0]}{self.min_sm[1]}"
             return UnsupportedHardware(
                 f"--kernels {self.name} needs a CUDA card of {needed} or newer, this is {hardware}; "
@@ -98,6 +103,10 @@ def _cuda() -> Table:
     return {encoder.rms_norm: kernels.rms_norm, encoder.gated: kernels.gated}
 
 
+def _cpu() -> Table:
+    return {norms.norm_rotate: cpu.norm_rotate, linear.linear: linear.linear_onednn}
+
+
 def _cuda_unbuilt() -> str:
     from wan.kernels.fused_cuda import LIBRARY, is_built
 
@@ -110,6 +119,7 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Provider(name="triton", load=_triton, min_sm=(8, 0), package="triton", errors=_triton_errors),
         Provider(name="cuda", load=_cuda, min_sm=(8, 0), unbuilt=_cuda_unbuilt),
+        Provider(name="cpu", load=_cpu, min_sm=None),
     )
 }
 

@@ -58,5 +58,5 @@ def in_runs(fn: Callable[[slice], Tensor], like: Tensor, dtype: torch.dtype, out
 
 
 def accumulate(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, float32 [B, L, D]; written into `x` where that is allowed."""
-    return x.add_(y) if may_write() else x + y
+    """x + y in x's dtype, [B, L, D]; written into `x` where that is allowed."""
+    return x.add_(y) if may_write() else (x + y).to(x.dtype)

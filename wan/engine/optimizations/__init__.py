@@ -8,7 +8,7 @@ from wan.engine.optimizations.batched_cfg import BatchedCFG
 from wan.engine.optimizations.block_swap import BlockSwap
 from wan.engine.optimizations.compile import Compile
 from wan.engine.optimizations.context_windows import ContextWindows
-from wan.engine.optimizations.dtype import Precision
+from wan.engine.optimizations.dtype import Precision, ResidualPrecision
 from wan.engine.optimizations.few_step import FewStep
 from wan.engine.optimizations.fp8 import FP8, T5FP8
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
@@ -33,10 +33,9 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FewStep",
-    "FreSca", "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "SharedFirstBlock",
-    "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU", "VAEChannelsLast",
-    "VAEFrames",
-    "VAEMatmulAttention", "VAEPrecision", "VAESubpixel", "VAETiling", "registry",
+    "FreSca", "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "ResidualPrecision",
+    "SharedFirstBlock", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU",
+    "VAEChannelsLast", "VAEFrames", "VAEMatmulAttention", "VAEPrecision", "VAESubpixel", "VAETiling", "registry",
 ]  # fmt: skip
 
 

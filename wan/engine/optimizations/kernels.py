@@ -24,8 +24,8 @@ class Kernels(Optimization):
     """Compute norms, modulation, residuals, rotary embedding and 8-bit rounding by fused kernels instead of PyTorch.
 
     A kernel reads and writes memory once where PyTorch does so for every step; sums are taken in another order. "auto"
-    takes every kernel that works here, on a CPU none; a named kind that cannot run here is refused. Each is tried on
-    small inputs first: one that is wrong or fails is left out with a warning. Compiled blocks keep the compiler's own
+    takes every kernel that works here; a named kind that cannot run here is refused. Each is tried on small inputs
+    first: one that is wrong or fails is left out with a warning. Compiled blocks keep the compiler's own
     kernels. There is no off spelling: plain is "torch". See docs/kernels.md.
     """
 
@@ -33,7 +33,9 @@ class Kernels(Optimization):
     grade = "rounding"
     tolerance = 1e-2
     per_call = True
-    kernels: Literal["torch", "auto", "triton", "cuda"] = option("torch", "who computes norms, residuals and the like")
+    kernels: Literal["torch", "auto", "triton", "cuda", "cpu"] = option(
+        "torch", "who computes norms, residuals and the like"
+    )
 
     @property
     def enabled(self) -> bool:

@@ -39,7 +39,7 @@ def velocity(
 
 
 def timesteps(step: Step, condition: Condition, batch: int, latents: Tensor) -> Tensor:
-    """Float32 timesteps [B], or [B, T] where frames differ: `frame_t` if given, else `t`, and 0 where frozen."""
+    """Float32 timesteps [1] for all, or [B, T] where frames differ: `frame_t` or else `t`, and 0 where frozen."""
     if step.frame_t is not None:
         values = condition.once(
             f"frame_t:{step.index}:{step.window}", lambda: torch.tensor([step.frame_t], device=latents.device)
@@ -47,7 +47,7 @@ def timesteps(step: Step, condition: Condition, batch: int, latents: Tensor) -> 
         values = values.expand(batch, -1)
     else:
         # Filled on the device: a copy from the host would wait for the queue.
-        values = torch.full((batch,), step.t, dtype=torch.float32, device=latents.device)
+        values = torch.full((1,), step.t, dtype=torch.float32, device=latents.device)
     if condition.frozen is None:
         return values
     # A frame rests at timestep 0 only where all of it is known.
