@@ -57,8 +57,8 @@ class ResidualPrecision(Optimization):
     """Keep the tokens between the transformer's blocks, to which each layer adds, in 16 bits in place of 32.
 
     Half the memory of that stream (14B at 1280x720x81: 0.8 GB in place of 1.5, computed) and half of what is read and
-    written for it. Norms and sums are computed in float32 as before, but each sum is rounded to eight bits: what it
-    does to the demo's clips is in docs/benchmarks.
+    written for it. Norms and sums are computed in float32 as before, but each sum is rounded to eight bits;
+    tools/measure_options.py says what that does to the demo's clips.
     """
 
     order = Order.DTYPE
