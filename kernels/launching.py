@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -36,3 +38,8 @@ def has_e4m3(device: torch.device) -> bool:
 def warps(block: int) -> int:
     """Warps for a row of `block` values: whole 16-byte loads, and few enough values a thread to stay in registers."""
     return min(max(block // 512, 1), 16)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches: it knows the current device alone."""
+    return nullcontext() if INTERPRETED else torch.cuda.device_of(x)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.kernels.launching import FUSED, MAX_WIDTH, has_e4m3, served, warps
+from wan.kernels.launching import FUSED, MAX_WIDTH, has_e4m3, on_device_of, served, warps
 
 
 @triton.jit
@@ -52,7 +52,8 @@ def _launched(x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
-    _quantize[(len(rows),)](
-        rows, codes, scale, width, rows.stride(0), GELU=gelu, BLOCK=block, num_warps=warps(block), **FUSED
-    )  # fmt: skip
+    with on_device_of(x):
+        _quantize[(len(rows),)](
+            rows, codes, scale, width, rows.stride(0), GELU=gelu, BLOCK=block, num_warps=warps(block), **FUSED
+        )  # fmt: skip
     return codes, scale

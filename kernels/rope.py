@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.kernels.launching import FUSED, MAX_WIDTH, served, warps
+from wan.kernels.launching import FUSED, MAX_WIDTH, on_device_of, served, warps
 
 
 @triton.jit
@@ -42,8 +42,9 @@ def norm_rotate(x: Tensor, weight: Tensor | None, rope: Tensor | None, num_heads
     if not served(x, weight, rope) or width > MAX_WIDTH or not (rope is None or rope.is_contiguous()):
         return NotImplemented
     block = triton.next_power_of_2(width)
-    _norm_rotate[(batch * length,)](
-        x, x if weight is None else weight, x if rope is None else rope, length, width, *x.stride()[:2], eps,
-        NORM=weight is not None, ROPE=rope is not None, HEAD=head, BLOCK=block, num_warps=warps(block), **FUSED,
-    )  # fmt: skip
+    with on_device_of(x):
+        _norm_rotate[(batch * length,)](
+            x, x if weight is None else weight, x if rope is None else rope, length, width, *x.stride()[:2], eps,
+            NORM=weight is not None, ROPE=rope is not None, HEAD=head, BLOCK=block, num_warps=warps(block), **FUSED,
+        )  # fmt: skip
     return x.unflatten(-1, (num_heads, head))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wan.kernels.launching import FUSED, served
+from wan.kernels.launching import FUSED, on_device_of, served
 
 TILE = 4096
 """Values of a program."""
@@ -74,7 +74,9 @@ def _launched(kernel: triton.JITFunction, x: Tensor, vector: Tensor, second: Ten
     block = triton.next_power_of_2(channels)
     places = max(1, min(TILE // block, triton.next_power_of_2(width)))
     strides = [stride for each in tensors for stride in each.stride()[:4]]
-    kernel[(batch * frames * height, triton.cdiv(width, places))](
-        tensors[0], vector, tensors[1], frames, height, width, channels, *strides, PLACES=places, BLOCK=block, **FUSED
-    )  # fmt: skip
+    with on_device_of(x):
+        kernel[(batch * frames * height, triton.cdiv(width, places))](
+            tensors[0], vector, tensors[1], frames, height, width, channels, *strides,
+            PLACES=places, BLOCK=block, **FUSED,
+        )  # fmt: skip
     return result

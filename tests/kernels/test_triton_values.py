@@ -44,13 +44,13 @@ class Tokens:
         self.buffer = torch.randn(batch, 9, width + 7).to(dtype)
         self.x, self.y = self.buffer[:, 1:6, 3 : width + 3], torch.randn(batch, 5, 2 * width)[..., :width].to(BF16)
         tables = torch.randn(batch, 3 if by_row else 1, 6, width)
-        self.shift, self.scale, self.gate = tables.unbind(2)[1:4]
+        self.bias, self.weight, self.gate = tables.unbind(2)[1:4]
         self.rows = torch.tensor([0, 2, 2, 1, 0]) if by_row else None
         index = torch.zeros(5, dtype=torch.long) if self.rows is None else self.rows
-        shift, scale, gate = (table.double()[:, index] for table in (self.shift, self.scale, self.gate))
+        bias, weight, gate = (table.double()[:, index] for table in (self.bias, self.weight, self.gate))
         self.added = self.y.double() * gate
         self.summed = self.x.double() + self.added
-        self.modulated = lambda x: torch.nn.functional.layer_norm(x, (width,), eps=1e-6) * (1 + scale) + shift
+        self.modulated = lambda x: torch.nn.functional.layer_norm(x, (width,), eps=1e-6) * weight + bias
         self.around = self.buffer.clone()
 
     def nothing_else_was_written(self) -> bool:
@@ -65,10 +65,10 @@ def test_residual_gate_norm_and_modulation(
 ) -> None:
     t, kernels = Tokens(width, dtype, by_row), interpreted.modulate
     for wanted in (torch.float32, BF16):
-        alone = kernels.norm_modulate(t.x, t.shift, t.scale, t.rows, 1e-6, wanted)
+        alone = kernels.layer_norm(t.x, t.weight, t.bias, t.rows, 1e-6, wanted)
         assert alone.dtype == wanted
         held(alone, t.modulated(t.x.double()))
-    x, normed = kernels.gated_add_norm(t.x, t.y, t.gate, t.shift, t.scale, t.rows, 1e-6, BF16)
+    x, normed = kernels.gated_add_norm(t.x, t.y, t.gate, t.weight, t.bias, t.rows, 1e-6, BF16)
     assert x is t.x and t.nothing_else_was_written()
     held(x, t.summed)
     held(normed, t.modulated(x.double()))
@@ -77,22 +77,28 @@ def test_residual_gate_norm_and_modulation(
     held(t.x, before + t.added)
 
 
-def test_a_sum_without_a_gate_and_tables_of_one_sample_for_all(interpreted: SimpleNamespace) -> None:
+def test_a_sum_without_a_gate_and_tables_of_one_row_for_all(interpreted: SimpleNamespace) -> None:
     t = Tokens(24, torch.float32, by_row=False)
-    shift, scale = t.shift[:1], t.scale[:1]
+    weight, bias = t.weight[:1], t.bias[:1]
     exact = t.x.double() + t.y.double()
-    x, normed = interpreted.modulate.gated_add_norm(t.x, t.y, None, shift, scale)
+    x, normed = interpreted.modulate.gated_add_norm(
+        t.x, t.y, None, weight, bias, torch.zeros(5, dtype=torch.long), 1e-6, torch.float32
+    )
     held(x, exact)
     layer_norm = torch.nn.functional.layer_norm(exact, (24,), eps=1e-6)
-    held(normed, layer_norm * (1 + scale.double()) + shift.double())
+    held(normed, layer_norm * weight.double() + bias.double())
 
 
 @pytest.mark.parametrize(("width", "by_row"), [(41, True), (96, False)])
 def test_norm_and_modulation_in_8_bits(interpreted: SimpleNamespace, width: int, by_row: bool) -> None:
     t = Tokens(width, torch.float32, by_row)
-    codes, scale = interpreted.modulate.norm_modulate_quantize(t.x, t.shift, t.scale, t.rows, 1e-6, BF16)
+    norm = t.weight, t.bias, t.rows, 1e-6, BF16
+    codes, scale = interpreted.modulate.layer_norm_quantize(t.x, *norm)
     assert codes.shape == t.x.shape and scale.shape == (2, 5, 1) and t.nothing_else_was_written()
     held_in_codes(codes, scale, t.modulated(t.x.double()), BF16)
+    x, codes, scale = interpreted.modulate.gated_add_norm_quantize(t.x, t.y, t.gate, *norm)
+    held(x, t.summed)
+    held_in_codes(codes, scale, t.modulated(t.summed), BF16)
 
 
 @pytest.mark.parametrize("gelu", [False, True])
@@ -167,9 +173,9 @@ def test_what_a_kernel_is_not_written_for_it_leaves_alone(interpreted: SimpleNam
     table = torch.zeros(1, 1, 8)
     frames = torch.zeros(1, 4, 2, 2, 2)
     for made in (
-        k.modulate.norm_modulate(strided, table, table),
+        k.modulate.layer_norm(strided, table, table, None, 1e-6),
         k.modulate.gated_add(wide, wide, wide),
-        k.modulate.norm_modulate(table.long(), table, table),
+        k.modulate.layer_norm(table.long(), table, table, None, 1e-6),
         k.quantize.quantize_rows(wide),
         k.rope.norm_rotate(strided, None, None, 2, 1e-6),
         k.rope.norm_rotate(torch.zeros(1, 2, 8), None, torch.zeros(2, 1, 2, 4).mT, 1, 1e-6),

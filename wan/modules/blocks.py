@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from wan.engine.errors import BadRequest
 from wan.engine.ops.attention import masked, sdpa
 from wan.engine.ops.float8 import Quantized
-from wan.engine.ops.linear import gelu_between, linear, norm_before, project
-from wan.engine.ops.modulate import gated_add
+from wan.engine.ops.linear import gelu_between, linear, project
 from wan.engine.ops.norms import norm_rotate, rms_norm
 from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
 from wan.engine.types import Condition, Layout, token
+from wan.modules.joints import Entrance, leaving
 
 if TYPE_CHECKING:
     from wan.modules.model import WanModel
@@ -43,8 +43,6 @@ __all__ = [
 SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
 
 Attend = Callable[[Tensor, Tensor, Tensor, Layout | None], Tensor]
-Enter = Callable[[Tensor, "BlockInputs"], Tensor | Quantized]
-Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
 RunBlock = Callable[[nn.Module, Tensor, "BlockInputs"], Any]
 """What comes back is what the block returns: tokens, or for an adapter's block what its adapter expects."""
 MakeKeys = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -346,40 +344,49 @@ class WanAttentionBlock(nn.Module):
             tokens = module(tokens, inputs)
         return tokens
 
-    def self_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        attention = self.self_attn
-        enter, leave = self._modulated(shift, scale, gate, (attention.q, attention.k, attention.v))
-        return self.around_attention(attention, tokens, inputs, enter, leave)
+    def self_part(
+        self,
+        tokens: Tensor,
+        inputs: BlockInputs,
+        shift: Tensor,
+        scale: Tensor,
+        gate: Tensor,
+        then: Entrance | None = None,
+    ) -> Tensor:
+        layer = self.self_attn
+        enter = Entrance(layers=(layer.q, layer.k, layer.v), weight=1 + scale, bias=shift, eps=self.eps)
+        return self.around_attention(layer, tokens, inputs, enter, leaving(gate, then))
 
-    def cross_part(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
-        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor:
-            return in_runs(lambda at: self.norm3(tokens[:, at]), tokens, inputs.context.dtype)
+    def cross_part(
+        self, tokens: Tensor, inputs: BlockInputs, enter: Entrance | None = None, then: Entrance | None = None
+    ) -> Tensor:
+        return self.around_attention(self.cross_attn, tokens, inputs, enter or _rounded, leaving(None, then))
 
-        def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
-            return accumulate(tokens, y)
+    def ffn_part(self, tokens: Tensor, inputs: BlockInputs, enter: Entrance, gate: Tensor) -> Tensor:
+        return self.around_ffn(self.ffn, tokens, inputs, enter, leaving(gate, None))
 
-        return self.around_attention(self.cross_attn, tokens, inputs, enter, leave)
+    def crossing(self) -> Entrance | None:
+        """What enters cross-attention; None where there is no norm before it."""
+        if isinstance(self.norm3, nn.Identity):
+            return None
+        weight, bias = (each.float().view(1, 1, -1) for each in (self.norm3.weight, self.norm3.bias))
+        return Entrance(layers=(self.cross_attn.q,), weight=weight, bias=bias, eps=self.eps)
 
-    def ffn_part(self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        enter, leave = self._modulated(shift, scale, gate, (self.ffn[0],))
-        return self.around_ffn(self.ffn, tokens, inputs, enter, leave)
-
-    def _modulated(
-        self, shift: Tensor, scale: Tensor, gate: Tensor, layers: Iterable[nn.Module]
-    ) -> tuple[Enter, Leave]:
-        """How a layer that begins with these `layers` is joined to the residual stream by the rows of a timestep."""
-
-        def enter(tokens: Tensor, inputs: BlockInputs) -> Tensor | Quantized:
-            return norm_before(layers, tokens, shift, scale, inputs.rows, self.eps, inputs.context.dtype)
-
-        def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
-            return gated_add(tokens, y, gate, inputs.rows)
-
-        return enter, leave
+    def unbroken(self, then: Entrance | None, site: str, around: Around) -> Entrance | None:
+        """`then`, where nothing hangs at `site` and both layers are computed for all tokens at once."""
+        return then if self.around_attention is around is at_once and not self.inserts[site] else None
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """tokens float32 [B, L, D] -> the same shape. Without gradients the input is written and comes back."""
         rows = (self.modulation.float() + inputs.modulation).unbind(2)
-        tokens = self.insert("after_self_attn", self.self_part(tokens, inputs, *rows[:3]), inputs)
-        tokens = self.insert("after_cross_attn", self.cross_part(tokens, inputs), inputs)
-        return self.insert("after_ffn", self.ffn_part(tokens, inputs, *rows[3:]), inputs)
+        crossing = self.crossing()
+        feeding = Entrance(layers=(self.ffn[0],), weight=1 + rows[4], bias=rows[3], eps=self.eps)
+        then = self.unbroken(crossing, "after_self_attn", self.around_attention)
+        tokens = self.insert("after_self_attn", self.self_part(tokens, inputs, *rows[:3], then), inputs)
+        then = self.unbroken(feeding, "after_cross_attn", self.around_ffn)
+        tokens = self.insert("after_cross_attn", self.cross_part(tokens, inputs, crossing, then), inputs)
+        return self.insert("after_ffn", self.ffn_part(tokens, inputs, feeding, rows[5]), inputs)
+
+
+def _rounded(tokens: Tensor, inputs: BlockInputs) -> Tensor:
+    return in_runs(lambda at: tokens[:, at], tokens, inputs.context.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.engine.ops.float8 import Quantized, all_scaled, gelu_over, quantize_gelu, quantize_rows
-from wan.engine.ops.modulate import norm_modulate, norm_modulate_quantize
 from wan.engine.ops.op import Draw, op
 from wan.engine.ops.rows import may_write
 
@@ -21,21 +20,6 @@ def project(x: Tensor | Quantized, *layers: Callable[..., Tensor]) -> tuple[Tens
     if not isinstance(x, Quantized) and all_scaled(layers):
         x = Quantized(*quantize_rows(x), x.dtype)
     return tuple(linear(x, layer) for layer in layers)
-
-
-def norm_before(
-    layers: Iterable[object],
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    rows: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tensor | Quantized:
-    """`norm_modulate` for what these layers read, quantised where all of them multiply in 8 bits."""
-    if all_scaled(layers):
-        return Quantized(*norm_modulate_quantize(x, shift, scale, rows, eps, dtype), dtype)
-    return norm_modulate(x, shift, scale, rows, eps, dtype)
 
 
 def gelu_between(x: Tensor | Quantized, expand: nn.Module, contract: nn.Module) -> Tensor | Quantized:

@@ -19,39 +19,42 @@ from wan.engine.ops.rows import accumulate, in_runs, may_write, run_length, runs
 
 
 def pick(table: Tensor, rows: Tensor | None, at: slice | None = None) -> Tensor:
-    """The row of every token `at`: [B, U, D] -> [B, L, D]; with `rows` None the single [B, 1, D], which broadcasts."""
-    return table if rows is None else table.index_select(1, rows if at is None else rows[at])
+    """The row of every token `at`: [B, U, D] -> [B, L, D]; the only one there is, [B, 1, D], broadcasts."""
+    return table if rows is None or table.shape[1] == 1 else table.index_select(1, rows if at is None else rows[at])
 
 
 def _examples(draw: Draw) -> list[tuple[Any, ...]]:
-    """x, y, gate, shift, scale, rows, eps, dtype: one row for all tokens, and tokens that choose theirs."""
+    """x, y, gate, weight, bias, rows, eps, dtype: one row for all tokens, and tokens that choose theirs."""
     one = (draw(2, 5, 192), draw(2, 5, 192, dtype=torch.bfloat16), *draw(3, 2, 1, 192), None, 1e-6, torch.bfloat16)
     x, tables = draw(1, 7, 1536), draw(1, 3, 6, 1536).unbind(2)[:3]
     rows = torch.tensor([2, 0, 0, 1, 2, 1, 1], device=x.device)
     return [one, (x, draw(1, 7, 1536, dtype=torch.bfloat16), *tables, rows, 1e-6, torch.float32)]
 
 
-@op(examples=lambda draw: [(x, *tables) for x, _, _, *tables in _examples(draw)], tolerance=1e-3)
-def norm_modulate(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    rows: Tensor | None = None,
-    eps: float = 1e-6,
-    dtype: torch.dtype = torch.float32,
+def _norm_examples(draw: Draw) -> list[tuple[Any, ...]]:
+    return [(x, *norm) for x, _, _, *norm in _examples(draw)]
+
+
+@op(examples=_norm_examples, tolerance=1e-3)
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift, computed in float32, as `dtype`; x [B, L, D], shift and scale [B, U, D]."""
-    shape, scale = x.shape[-1:], 1 + scale
+    """LayerNorm(x) * weight + bias, computed in float32, as `dtype`; x [B, L, D], weight and bias float32 [B, U, D]."""
 
-    def modulated(at: slice) -> Tensor:
+    def normed(at: slice) -> Tensor:
         part = x[:, at].float()
-        if shift.shape[:2] == (1, 1):
+        if bias.shape[:2] == (1, 1):
             # One row for all tokens is exactly an affine layer norm: one kernel instead of three.
-            return F.layer_norm(part, shape, scale.flatten(), shift.flatten(), eps)
-        normed = F.layer_norm(part, shape, eps=eps)
-        return torch.addcmul(pick(shift, rows, at), normed, pick(scale, rows, at))
+            return F.layer_norm(part, x.shape[-1:], weight.flatten(), bias.flatten(), eps)
+        alone = F.layer_norm(part, x.shape[-1:], eps=eps)
+        return torch.addcmul(pick(bias, rows, at), alone, pick(weight, rows, at))
 
-    return in_runs(modulated, x, dtype)
+    return in_runs(normed, x, dtype)
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm(x) * (1 + scale) + shift, float32; x [B, L, D], shift and scale [B, U, D]."""
+    return layer_norm(x, 1 + scale, shift, rows, eps)
 
 
 @op(examples=lambda draw: [(x, y, gate, rows) for x, y, gate, _, _, rows, *_ in _examples(draw)], tolerance=1e-5)
@@ -67,17 +70,12 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) ->
     return x
 
 
-@op(examples=lambda draw: [(x, *tables) for x, _, _, *tables in _examples(draw)], tolerance=5e-3)
-def norm_modulate_quantize(
-    x: Tensor,
-    shift: Tensor,
-    scale: Tensor,
-    rows: Tensor | None = None,
-    eps: float = 1e-6,
-    dtype: torch.dtype = torch.float32,
+@op(examples=_norm_examples, tolerance=5e-3)
+def layer_norm_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`quantize_rows` of `norm_modulate`: codes and scales."""
-    return quantize_rows.definition(norm_modulate.definition(x, shift, scale, rows, eps, dtype))
+    """`quantize_rows` of `layer_norm`: codes and scales."""
+    return quantize_rows(layer_norm(x, weight, bias, rows, eps, dtype))
 
 
 @op(examples=_examples, tolerance=1e-3)
@@ -85,12 +83,28 @@ def gated_add_norm(
     x: Tensor,
     y: Tensor,
     gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    rows: Tensor | None = None,
-    eps: float = 1e-6,
-    dtype: torch.dtype = torch.float32,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_add`, without a gate `accumulate`, and `norm_modulate` of what comes of it."""
-    x = accumulate(x, y) if gate is None else gated_add.definition(x, y, gate, rows)
-    return x, norm_modulate.definition(x, shift, scale, rows, eps, dtype)
+    """`gated_add`, without a gate `accumulate`, and `layer_norm` of what comes of it."""
+    x = accumulate(x, y) if gate is None else gated_add(x, y, gate, rows)
+    return x, layer_norm(x, weight, bias, rows, eps, dtype)
+
+
+@op(examples=_examples, tolerance=5e-3)
+def gated_add_norm_quantize(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rows: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_add_norm`, whose norm is quantised: the sum, codes and scales."""
+    x, normed = gated_add_norm(x, y, gate, weight, bias, rows, eps, dtype)
+    return x, *quantize_rows(normed)

@@ -80,10 +80,11 @@ def _triton() -> Table:
     import wan.kernels.rope as turning
 
     return {
-        modulate.norm_modulate: modulating.norm_modulate,
-        modulate.norm_modulate_quantize: modulating.norm_modulate_quantize,
+        modulate.layer_norm: modulating.layer_norm,
+        modulate.layer_norm_quantize: modulating.layer_norm_quantize,
         modulate.gated_add: modulating.gated_add,
         modulate.gated_add_norm: modulating.gated_add_norm,
+        modulate.gated_add_norm_quantize: modulating.gated_add_norm_quantize,
         norms.norm_rotate: turning.norm_rotate,
         float8.quantize_rows: quantizing.quantize_rows,
         float8.quantize_gelu: quantizing.quantize_gelu,

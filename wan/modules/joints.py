@@ -1,0 +1,77 @@
+"""How the layers of a block hang on the residual stream: what is added to it, and the norm a layer reads it through.
+
+Where nothing stands between two layers, both are one pass over memory.
+
+Letters: B batch, L tokens, U distinct timesteps, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from wan.engine.ops.float8 import Quantized, all_scaled
+from wan.engine.ops.modulate import (
+    gated_add,
+    gated_add_norm,
+    gated_add_norm_quantize,
+    layer_norm,
+    layer_norm_quantize,
+)
+from wan.engine.ops.rows import accumulate
+
+if TYPE_CHECKING:
+    from wan.modules.blocks import BlockInputs
+
+__all__ = ["Enter", "Entrance", "Leave", "leaving"]
+
+Enter = Callable[[Tensor, "BlockInputs"], Tensor | Quantized]
+Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
+
+
+@dataclass(kw_only=True)
+class Entrance:
+    """LayerNorm(tokens) * weight + bias in the compute dtype, or in 8 bits where all `layers` that read it take such.
+
+    weight and bias are [B, U, D]; one row serves all tokens. It belongs to one forward of a block.
+    """
+
+    layers: Sequence[nn.Module]
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    made: Tensor | Quantized | None = field(default=None, init=False)
+    """What enters, where it was made already."""
+
+    def __call__(self, tokens: Tensor, inputs: BlockInputs) -> Tensor | Quantized:
+        if self.made is not None:
+            made, self.made = self.made, None
+            return made
+        norm = self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype
+        if all_scaled(self.layers):
+            return Quantized(*layer_norm_quantize(tokens, *norm), inputs.context.dtype)
+        return layer_norm(tokens, *norm)
+
+    def after(self, tokens: Tensor, y: Tensor, gate: Tensor | None, inputs: BlockInputs) -> Tensor:
+        """The tokens with y * gate added; what enters here is made in the same pass and kept until it is asked for."""
+        norm = self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype
+        if all_scaled(self.layers):
+            tokens, *codes = gated_add_norm_quantize(tokens, y, gate, *norm)
+            self.made = Quantized(*codes, inputs.context.dtype)
+        else:
+            tokens, self.made = gated_add_norm(tokens, y, gate, *norm)
+        return tokens
+
+
+def leaving(gate: Tensor | None, then: Entrance | None) -> Leave:
+    """What adds a layer's y, times its gate [B, U, D] if it has one; `then` is what reads the tokens at once."""
+
+    def leave(tokens: Tensor, y: Tensor, inputs: BlockInputs) -> Tensor:
+        if then is not None:
+            return then.after(tokens, y, gate, inputs)
+        return accumulate(tokens, y) if gate is None else gated_add(tokens, y, gate, inputs.rows)
+
+    return leave
