@@ -10,7 +10,7 @@ from limits.book import Act, Book, Work, distance
 from torch import Tensor
 
 from wan.engine.hardware import Hardware
-from wan.engine.ops import encoder, float8, modulate, norms
+from wan.engine.ops import encoder, float8, modulate, norms, video
 from wan.engine.ops.op import Op
 from wan.engine.ops.providers import PROVIDERS, working
 from wan.engine.ops.rope import grid_table
@@ -33,16 +33,21 @@ class Draw:
         return torch.randn(1, self.tokens, self.dim, device=self.device)
 
     def tables(self) -> tuple[Tensor, ...]:
-        """Gate, shift and scale of one timestep."""
+        """Gate, weight and bias of one timestep."""
         return torch.randn(3, 1, 1, self.dim, device=self.device).unbind(0)
 
 
 CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
-    modulate.norm_modulate: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 2),
+    modulate.layer_norm: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 2),
+    modulate.layer_norm_quantize: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 1),
     modulate.gated_add: (lambda draw: (draw.stream(), draw.half(), draw.tables()[0], None), 4 + 2 + 4),
     modulate.gated_add_norm: (
         lambda draw: (draw.stream(), draw.half(), *draw.tables(), None, 1e-6, BF16),
         4 + 2 + 4 + 2,
+    ),
+    modulate.gated_add_norm_quantize: (
+        lambda draw: (draw.stream(), draw.half(), *draw.tables(), None, 1e-6, BF16),
+        4 + 2 + 4 + 1,
     ),
     norms.norm_rotate: (
         lambda draw: (
@@ -52,6 +57,13 @@ CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
     ),
     float8.quantize_rows: (lambda draw: (draw.half(),), 2 + 1),
     float8.quantize_gelu: (lambda draw: (draw.half(),), 2 + 1),
+    video.norm_silu: (
+        lambda draw: (
+            draw.half(1, draw.dim // 16, draw.grid[0], 4 * draw.grid[1], 4 * draw.grid[2])
+            .contiguous(memory_format=torch.channels_last_3d), torch.ones(draw.dim // 16, 1, 1, 1, device=draw.device),
+        ),
+        2 + 2,
+    ),
     encoder.rms_norm: (lambda draw: (draw.half(), draw.half(draw.dim), 1e-6), 2 + 2),
     encoder.gated: (lambda draw: (draw.half(), draw.half(), "gelu"), 2 + 2 + 2),
 }  # fmt: skip

@@ -65,7 +65,7 @@ PREDICTIONS: Sequence[Prediction] = (
         what="the same in e4m3, a scale a row", row="gemm/fp8 rows/13824", quantity="tflops", low=1100, high=1300
     ),
     Prediction(
-        what="norm and modulation, 75 600 tokens: GB/s", row="kernel/norm_modulate/triton", quantity="gb_s", low=2600,
+        what="norm and modulation, 75 600 tokens: GB/s", row="kernel/layer_norm/triton", quantity="gb_s", low=2600,
         high=3000,
     ),
     Prediction(

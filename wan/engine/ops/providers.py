@@ -17,7 +17,7 @@ from torch import Tensor
 
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
-from wan.engine.ops import cpu, encoder, float8, linear, modulate, norms
+from wan.engine.ops import cpu, encoder, float8, linear, modulate, norms, video
 from wan.engine.ops.attention import installed
 from wan.engine.ops.op import Kernel, Op
 
@@ -78,6 +78,7 @@ def _triton() -> Table:
     import wan.kernels.modulate as modulating
     import wan.kernels.quantize as quantizing
     import wan.kernels.rope as turning
+    import wan.kernels.video as frames
 
     return {
         modulate.layer_norm: modulating.layer_norm,
@@ -89,6 +90,7 @@ def _triton() -> Table:
         float8.quantize_rows: quantizing.quantize_rows,
         float8.quantize_gelu: quantizing.quantize_gelu,
         linear.linear_gelu: linear.linear_gelu_cublas,
+        video.norm_silu: frames.norm_silu,
     }
 
 
