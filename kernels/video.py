@@ -6,6 +6,7 @@ A program holds some places of one row of an image, all channels. Letters: B bat
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,6 +59,15 @@ def norm_silu(x: Tensor, gamma: Tensor, out: Tensor | None = None) -> Tensor:
     """SiLU of x [B, C, T, H, W] of unit RMS over its channels times gamma; written into `out` if given."""
     out = torch.empty_like(x) if out is None else out
     return _launched(_norm_silu, x, gamma, out, out)
+
+
+def convolve_add(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], other: Tensor) -> Tensor:
+    """A convolution of x, and its bias and `other` added in one pass."""
+    if not served(x.movedim(1, -1), other.movedim(1, -1)):
+        return NotImplemented
+    y = F.conv3d(x, weight, None, padding=padding)
+    made = add_bias(y, bias, other)
+    return y.add_(bias.view(-1, 1, 1, 1)).add_(other) if made is NotImplemented else made
 
 
 def add_bias(y: Tensor, bias: Tensor, other: Tensor) -> Tensor:

@@ -91,6 +91,7 @@ def _triton() -> Table:
         float8.quantize_gelu: quantizing.quantize_gelu,
         linear.linear_gelu: linear.linear_gelu_cublas,
         video.norm_silu: frames.norm_silu,
+        video.convolve_add: frames.convolve_add,
     }
 
 
