@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "wan.engine.sampling",
         "wan.engine.plan",
         "wan.engine.accounting",
+        "wan.engine.attempts",
         "wan.engine.decoding",
     ),
     "wan.kernels": ("wan.resources",),

@@ -108,7 +108,7 @@ def outcome(job: Job, terminal: Terminal, moves: Moves) -> tuple[int, str]:
     """(exit status, what became of it) of making the video."""
     from wan.cli.generate import make
     from wan.cli.pipelines import memory_advice
-    from wan.engine.decoding import is_out_of_memory
+    from wan.engine.attempts import is_out_of_memory
     from wan.engine.errors import GenerationFailed, WanError
 
     try:

@@ -99,6 +99,8 @@ ROWS = (
     Row(HIGH, "Ctrl-C twice", "step:3 ctrl-c; restart ctrl-c", INT, STATE, RESUME, _INT),
     Row(HIGH, "terminal closed", "step:3 hangup", HUP, STATE, RESUME, _HUP),
     Row(HIGH, "out of GPU memory", "network:4 oom", 4, STATE, RESUME, _OOM.format("denoise") + ".*" + _ON),
+    Row(HIGH, "out of GPU memory, blocks swapped", "network:4 oom", 4, STATE, RESUME,
+        _OOM.format("denoise") + ".*" + _ON, "--block_swap 2"),
     Row(HIGH, "out of RAM", "network:4 ram", 4, STATE, RESUME, _OOM.format("denoise") + ".*" + _ON),
     Row(HIGH, "NaN", "network:4 nan", 4, STATE, RESUME, "NaN or infinity after step 4 of 8.*" + _ON),
     Row(HIGH, "timeout", "step:3 late", 4, STATE, RESUME, "the time was up at step 3 of 8; " + _ON,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.accounting import Report
-from wan.engine.decoding import SMALL_TILE, Attempt, Decode, attempts, is_out_of_memory
+from wan.engine.attempts import SMALL_TILE, Attempt, attempts, is_out_of_memory
+from wan.engine.decoding import Decode
 from wan.engine.errors import NonFinite
 from wan.engine.types import Shot, Tiling
 

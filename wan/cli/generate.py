@@ -277,7 +277,7 @@ def machine(args: argparse.Namespace, registry: Sequence[type[Optimization]]) ->
 
 def whole(pipeline: Any, job: Job, terminal: Terminal) -> Tensor:
     """The video [3, N, H, W] in -1..1 of a class that takes upstream's arguments alone."""
-    from wan.engine.decoding import is_out_of_memory
+    from wan.engine.attempts import is_out_of_memory
 
     try:
         video = pipelines.call(pipeline, job)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from wan.cli import pipelines, record
 from wan.cli.naming import run_folder
 from wan.cli.signals import held
-from wan.engine.decoding import is_out_of_memory
+from wan.engine.attempts import is_out_of_memory
 from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
 from wan.runs import Latents, Run, holds_work
 

@@ -86,6 +86,7 @@ def complete(
         result |= _experts(report) | {"forwards": _forwards(report)}
         result |= {} if (saved := report.saved_forwards()) is None else {"plain_forwards": saved[1]}
         result |= {"decode": report.decode, "attention": dict(report.kernels)}
+        result |= {"encode": report.encode} if report.encode else {}
         result |= {"compile_s": round(report.compile_seconds, 3)} if report.compile_seconds else {}
     if peak_bytes is not None:
         where = "gpu" if record.get("device", {}).get("type") == "cuda" else "ram"

@@ -101,6 +101,8 @@ class Report:
     """Per expert, the duration of each of its steps."""
     compile_seconds: float = 0.0
     """How much of the steps was spent compiling."""
+    encode: str = ""
+    """How pictures and frames that are given were encoded in the end, in the words of `decode`; empty without any."""
     decode: str = ""
     """How the latents were decoded in the end: "whole", "in tiles of 32" or "on the CPU ..."."""
     kernels: dict[str, str] = field(default_factory=dict)

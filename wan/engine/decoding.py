@@ -1,11 +1,7 @@
-"""From latents to frames, and plan B when memory runs out: in tiles, then in smaller tiles, then on the CPU.
-
-Hours of sampling stand before this stage, so it tries everything before it gives up.
-"""
+"""From latents to frames, in the first way for which memory suffices."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from wan.engine.accounting import Report
+from wan.engine.attempts import Attempt, attempts, first_that_fits
 from wan.engine.errors import NonFinite
 from wan.engine.types import Progress, Shot, Sink, Tiling
 
 # Latent pixels decoded at a time: small videos go in one piece, which is several times faster on a CPU; at 480p it
 # is one latent frame, as upstream. The VAE's result does not depend on it.
 DECODE_PIXELS = 8192
-SMALL_TILE = Tiling(tile=16, overlap=4)
 
 
 class Decoder(Protocol):
@@ -30,34 +26,6 @@ class Decoder(Protocol):
     def decode_chunks(
         self, latents: Tensor, *, frames_per_chunk: int, tiling: Tiling | None = None
     ) -> Iterator[Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One way to decode. `device` None means where the VAE is placed; `frames` 0 latent frames at a time, as many as
-    their size suggests."""
-
-    tiling: Tiling | None = None
-    device: str | None = None
-    frames: int = 0
-
-    def __str__(self) -> str:
-        how = f"in tiles of {self.tiling.tile} latent pixels" if self.tiling else "whole"
-        how += f", {self.frames} latent frames at a time" if self.frames else ""
-        return f"{how} on the CPU" if self.device == "cpu" else how
-
-
-def attempts(tiling: Tiling | None, side: int, frames: int = 0) -> list[Attempt]:
-    """What to try one after the other, from how the plan wants it to what needs least of the device.
-
-    `side` is the longer side of the latents: tiles that would hold them whole save nothing. `frames` is how many latent
-    ones the plan wants at a time.
-    """
-    wanted = tiling.tile if tiling else side
-    smaller = [tiles for tiles in (Tiling(), SMALL_TILE) if tiles.tile < min(wanted, side)]
-    many = [Attempt(tiling, frames=frames)] if frames else []
-    last = Attempt(smaller[0] if smaller else tiling, device="cpu")
-    return [*many, Attempt(tiling), *map(Attempt, smaller), last]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +46,19 @@ class Decode:
 
     def run(self, tiling: Tiling | None) -> Tensor | None:
         """Write all frames to the sink and return those the next shot needs. Out of memory only if all fails."""
-        ways, written = attempts(tiling, max(self.latents.shape[3:]), self.frames_per_call), [0]
-        for attempt, after in zip(ways, [*ways[1:], None], strict=True):
-            self.report.decode = str(attempt)
-            try:
-                return self._attempt(attempt, written)
-            except RuntimeError as error:
-                if after is None or not is_out_of_memory(error):
-                    raise
-            # Outside the handler, whose traceback would keep the failed attempt's tensors alive.
+        written = [0]
+
+        def attempt(way: Attempt) -> Tensor | None:
+            self.report.decode = str(way)
+            return self._attempt(way, written)
+
+        def again() -> None:
             if self.shot.index == 0:
                 self.sink.restart()
                 written[0] = 0
-            free_memory()
-            self.progress.note(f"out of memory while decoding {attempt}; trying again {after}")
-        raise AssertionError("the last attempt returns or raises")
+
+        ways = attempts(tiling, max(self.latents.shape[3:]), self.frames_per_call)
+        return first_that_fits(ways, attempt, doing="decoding", progress=self.progress, again=again)
 
     def _attempt(self, attempt: Attempt, written: list[int]) -> Tensor | None:
         """`written` counts the frames of this shot that the sink has: they are not written again."""
@@ -119,12 +85,6 @@ class Decode:
         return tail[0] if tail and self.shot.carry_frames else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a device's and for the CPU allocator's refusal."""
-    refused = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return refused or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
 def _finite(frames: Tensor, start: int) -> Tensor:
     """`frames`, from number `start` of the shot on. Raises NonFinite for what would look like a picture if clamped."""
     if not bool(torch.isfinite(frames).all()):
@@ -132,13 +92,6 @@ def _finite(frames: Tensor, start: int) -> Tensor:
             f"the VAE's frames from {start + 1} on hold NaN or infinity, its latents do not: likely a damaged VAE file"
         )
     return frames
-
-
-def free_memory() -> None:
-    """Give back what a failed attempt held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def trimmed(frames: Tensor, start: int, trim: slice) -> Tensor:

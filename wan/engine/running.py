@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from wan.engine.accounting import Expectation, Forwards, Report, Trunk, planned_forwards
+from wan.engine.attempts import Attempt, attempts, first_that_fits, is_out_of_memory
 from wan.engine.decoding import Decode
 from wan.engine.monitor import Monitor
 from wan.engine.sampling.denoiser import Sequential
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 TrunkWrapper = Callable[[Trunk, nn.Module, Segment], Trunk]
 DenoiserWrapper = Callable[[Denoiser, nn.Module, Segment], Denoiser]
+Made = TypeVar("Made")
 SegmentWrapper = Callable[[nn.Module, Denoising], AbstractContextManager[None]]
 Observer = Callable[[Step, Tensor], None]
 Sampling = Callable[["Job", int], tuple[tuple[Step, ...], Solver]]
@@ -112,6 +114,8 @@ class _Ongoing:
     carry: Tensor | None = None
     generator: torch.Generator | None = None
     memo: dict[str, Any] = field(default_factory=dict)
+    coding: list[Attempt] = field(default_factory=list)
+    """Ways to encode, from the one that memory sufficed for last."""
     forwards: Forwards | None = None
     failure: Exception | None = None
 
@@ -126,6 +130,8 @@ class GroupRun:
         self.engine = engine
         self.hooks = hooks
         self.ongoing = [_Ongoing(job) for job in jobs]
+        self._encoding = ""
+        """The encoder that was asked for last."""
 
     def run(self) -> list[Exception | None]:
         """Make all videos; why each one failed."""
@@ -139,10 +145,31 @@ class GroupRun:
         return [each.failure for each in self.ongoing]
 
     @contextmanager
-    def _encoder(self, name: str) -> Iterator[nn.Module]:
-        with self.engine.use(name) as module:
+    def _encoder(self, way: Attempt, name: str) -> Iterator[nn.Module]:
+        self._encoding, is_vae = name, name == "vae"
+        if is_vae:
+            self.engine.report.encode = str(way)
+        with self.engine.use(name, way.device if is_vae else None) as module:
             self.engine.progress.stage(f"encode with {name}")
             yield module
+
+    def _encoded(self, each: _Ongoing, ask: Callable[[Encoders], Made]) -> Made:
+        """What `ask` makes with the encoders, in the first way for which memory suffices to encode frames."""
+
+        def attempt(way: Attempt) -> Made:
+            encoders = Encoders(
+                use=partial(self._encoder, way), where=self.engine.placement.device_of,
+                device=self.engine.device, config=each.job.config, embeddings=self.engine.embeddings,
+                tiling=way.tiling, memo=each.memo,
+            )  # fmt: skip
+            made = ask(encoders)
+            each.coding = each.coding[each.coding.index(way) :]
+            return made
+
+        return first_that_fits(
+            each.coding, attempt, doing="encoding", progress=each.job.progress,
+            lacks=lambda error: self._encoding == "vae" and is_out_of_memory(error),
+        )  # fmt: skip
 
     def _guarded(self, act: Callable[[_Ongoing], bool | None], each: _Ongoing) -> bool:
         """`act(each)`, unless the job failed before; what it raises is kept, so that the rest of a group goes on."""
@@ -166,22 +193,20 @@ class GroupRun:
         """Everything a denoise starts from; or the latents, where they were finished before."""
         job, shot, keeper = each.job, cast("Shot", each.shot), each.job.keeper
         request = job.request
-        encoders = Encoders(
-            use=self._encoder, where=self.engine.placement.device_of, device=self.engine.device, config=job.config,
-            embeddings=self.engine.embeddings, tiling=self.hooks.tiling, memo=each.memo,
-        )  # fmt: skip
+        each.coding = each.coding or attempts(self.hooks.tiling, max(shot.latent_shape[2:]))
         each.run, each.latents = None, keeper.finished(each.index) if keeper else None
         # Also of a shot that is only decoded: the next one's noise comes after it.
         each.generator, latents = first_latents(request, shot, each.generator, self.engine.device)
-        shot = each.shot = replace(shot, prefix=job.family.prefix(request, shot, encoders))
+        prefix, branches, known = job.family.prefix, job.family.branches, job.family.known
+        shot = each.shot = replace(shot, prefix=self._encoded(each, partial(prefix, request, shot)))
         if each.latents is not None:
             each.latents = each.latents.to(self.engine.device)
             return
         for change in self.hooks.noise:
             latents = change(latents, request)
         asked = [replace(request, prompt=part) for part in self.hooks.prompts(request.prompt)]
-        scenes = [job.family.branches(each, shot, encoders) for each in asked]
-        shot = each.shot = replace(shot, known=job.family.known(request, shot, encoders))
+        scenes = [self._encoded(each, partial(branches, part, shot)) for part in asked]
+        shot = each.shot = replace(shot, known=self._encoded(each, partial(known, request, shot)))
         steps, solver = self.hooks.sampling(job, each.index)
         if shot.known is not None:
             latents, frozen = shot.known.apply(latents, None), _frozen(shot.known)

@@ -17,6 +17,7 @@ from wan.conditioning.first_frame import cover, known_first_frame
 from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.engine.types import Encoders
+from wan.modules.vae import WanVAEModel
 from wan.utils.utils import best_output_size, masks_like
 
 FLOAT32 = 1e-5  # float32 against float32: only the order of sums differs
@@ -102,6 +103,40 @@ def test_the_video_begins_with_the_picture_and_follows_its_shape(pipeline: wan.W
         assert video is not None and video.shape == (3, 5, height, width) and (width, height) == expected
         one = pipeline.vae.decode(pipeline.vae.encode([cover(image, width, height)]))[0]
         assert (video[:, 0] - one[:, 0]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fits", ["in tiles of 16 latent pixels", "in tiles of 16 latent pixels on the CPU", ""])
+def test_out_of_memory_while_encoding_is_tried_again_as_while_decoding(
+    pipeline: wan.WanTI2V, monkeypatch: pytest.MonkeyPatch, fits: str
+) -> None:
+    """In tiles: the latents are those that tiles give from the start. Nothing fits: it is said, nothing is made up."""
+    tried: list[str] = []
+    encode = WanVAEModel.encode
+
+    def short(self: WanVAEModel, video: Tensor, *given: Any, **named: Any) -> Tensor:
+        tried.append(pipeline.report.encode)
+        if tried[-1] != fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(self, video, *given, **named)
+
+    def latents(**options: Any) -> Tensor:
+        seen: list[Tensor] = []
+        watch = (lambda step, latents: seen.append(latents.clone()),)
+        pipeline.i2v("a cat", image, 288 * 32, shift=5.0, guide_scale=3.0, observe=watch, **SMALL, **options)
+        return seen[-1]
+
+    image = picture(288, 32)
+    expected = latents(vae_tiling=True, vae_tile_size=16, vae_tile_overlap=4)
+    monkeypatch.setattr(WanVAEModel, "encode", short)
+    ways = ["whole", "in tiles of 16 latent pixels", "in tiles of 16 latent pixels on the CPU"]
+    if not fits:
+        with pytest.raises(torch.OutOfMemoryError):
+            latents()
+        assert tried == ways
+        return
+    assert torch.equal(latents(), expected)
+    assert tried == ways[: ways.index(fits) + 1]
+    assert pipeline.report.encode == fits
 
 
 def test_without_a_picture_it_makes_video_from_text(pipeline: wan.WanTI2V) -> None:

@@ -135,7 +135,7 @@ def serve(connection: Connection, variant: Variant, words: Sequence[str], settin
 
 def _out_of_memory(error: RuntimeError) -> WanError:
     """What to say of it. Any other error is raised again."""
-    from wan.engine.decoding import is_out_of_memory
+    from wan.engine.attempts import is_out_of_memory
 
     if not is_out_of_memory(error):
         raise error
