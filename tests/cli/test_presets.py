@@ -15,6 +15,7 @@ import torch
 
 from wan.cli import presets
 from wan.cli.args import parse
+from wan.cli.budget import budget_of
 from wan.cli.cards import CARDS, SHEETS, nearest
 from wan.cli.generate import main
 from wan.components import dummy_components
@@ -23,7 +24,7 @@ from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
-from wan.engine.optimizations import registry
+from wan.engine.optimizations import Compile, registry
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import PLAIN, Models, Prediction, Video, predict
 from wan.sizes import models_of
@@ -202,12 +203,60 @@ def test_what_a_file_of_the_users_says_does_not_give_way(capsys: Any) -> None:
         ("tf32 = 3", "preset mine.toml: tf32 = 3 is not a bool"),
         ("[tf32]\non = true", "flat list"),
         ("tf32 = yes please", "cannot be read"),
+        ('reserve_vram = "4"', "preset mine.toml: reserve_vram = '4' is not a size of memory: write 12GB"),
+        ('reserve_vram = "4GB"', "--reserve_vram 4.0 GB: there is no GPU here"),
+        ("compile = true\ncompile_mode = 'max-autotune'\ncuda_graphs = false", "--no-cuda_graphs and --compile_mode max"),
     ],
 )
 def test_a_preset_with_a_mistake_is_refused(content: str, says: str, capsys: Any) -> None:
     Path("mine.toml").write_text(content)
     assert main([*DUMMY, "--preset", "mine.toml"]) == 2
     assert re.search(says, capsys.readouterr().err)
+
+
+def test_a_preset_may_leave_memory_to_others_and_a_flag_says_otherwise() -> None:
+    Path("mine.toml").write_text('reserve_vram = "10GB"  # the desktop\n')
+    here = card("NVIDIA L40S", (8, 9), 48.0, free_gb=47.0)
+
+    def left(*argv: str) -> tuple[int, list[str]]:
+        args = parse(["--preset", "mine.toml", *argv], options(registry()))
+        _, preset = presets.plan_and_preset(args, registry(), here, "none")
+        assert preset is not None
+        budget = budget_of(args, here, "mine.toml", preset.reserve_vram)
+        assert budget is not None and budget.asked
+        return budget.size, preset.lines()
+
+    assert left() == (int(38e9), ["preset  mine, leaves 10.0 GB of GPU memory to others"])
+    assert left("--reserve_vram", "20GB") == (int(28e9), ["preset  mine"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--compile --cuda_graphs --compile_mode max-autotune-no-cudagraphs", "--cuda_graphs and --compile_mode max-"),
+        ("--compile --no-cuda_graphs --compile_mode reduce-overhead", "--no-cuda_graphs and --compile_mode reduce-"),
+        ("--cuda_graphs --no-cuda_graphs", "contradict"),
+        ("--cuda_graphs", "add --compile"),
+        ("--compile --cuda_graphs", "--cuda_graphs needs a CUDA card"),
+    ],
+)
+def test_cuda_graphs_that_contradict_or_cannot_be_end_with_2(flags: str, says: str, capsys: Any) -> None:
+    assert main([*DUMMY, *flags.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_cuda_graphs_are_a_mode_of_the_compiler_and_of_a_preset_only_they_give_way() -> None:
+    here = card("NVIDIA L4", (8, 9), 23.7)
+    said = {"compile": True, "cuda_graphs": True}
+    assert Compile(**said).mode == Compile(**said, compile_mode="reduce-overhead").mode == "reduce-overhead"
+    assert Compile(**said, compile_mode="max-autotune").mode == "max-autotune"
+    assert Compile(compile=True, cuda_graphs=False).mode == "default"
+    args = parse(["--preset", "l4", "--compile_mode", "reduce-overhead", "--no-compile_dynamic"], options(registry()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compile, "backend", "eager")  # no compiler is needed to say so
+        plan, preset = presets.plan_and_preset(args, registry(), here, "none")
+    assert preset is not None and [line for line in preset.lines() if "cuda_graphs" in line]
+    assert plan.values()["compile"] and plan.values()["compile_mode"] == "reduce-overhead"
 
 
 def test_a_preset_may_not_be_a_folder() -> None:

@@ -36,7 +36,7 @@ UPSTREAM: Settings = {
     "tf32": None, "bf16_reduced_precision": None, "convert_model_dtype": False, "param_dtype": None,
     "residual_dtype": "float32",
     "attention": "sdpa", "kernels": "torch", "compile": False,
-    "compile_mode": "default", "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
+    "compile_mode": "default", "cuda_graphs": None, "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
     "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
     "use_batched_cfg": False, "share_first_block": False, "keep_text_keys": False,
     "offload_model": None, "t5_cpu": False, "vae_cpu": False,

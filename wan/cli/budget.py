@@ -48,17 +48,17 @@ class Budget:
             torch.cuda.set_per_process_memory_fraction(share, hardware.device)
 
 
-def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str) -> Budget | None:
+def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserved: int | None = None) -> Budget | None:
     """What there is to plan with; None where nothing asks for a plan. Raises BadRequest.
 
-    `preset` is the one that acts: `auto` plans wherever there is a GPU.
+    `preset` is the one that acts: `auto` plans wherever there is a GPU. `reserved` is what it leaves to others.
     """
-    asked, reserved = args.vram_budget, args.reserve_vram
+    asked, reserved = args.vram_budget, reserved if args.reserve_vram is None else args.reserve_vram
     wanted = args.find_max is not None or (preset == "auto" and hardware.is_cuda)
     if asked is None and reserved is None and not wanted:
         return None
     if not hardware.is_cuda:
-        return _imagined(args)
+        return _imagined(args, reserved)
     left = hardware.free_memory + CONTEXT_BYTES - MARGIN_BYTES
     if reserved is not None:
         left = hardware.total_memory - reserved
@@ -67,7 +67,7 @@ def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str) -> Budg
     return Budget(size=left if asked is None else min(asked, left), asked=not (asked is None and reserved is None))
 
 
-def _imagined(args: argparse.Namespace) -> Budget:
+def _imagined(args: argparse.Namespace, reserved: int | None) -> Budget:
     """The budget of a GPU that is not here, for a look at what would be chosen."""
     if args.vram_budget is None and args.find_max is not None:
         raise BadRequest(
@@ -75,14 +75,14 @@ def _imagined(args: argparse.Namespace) -> Budget:
         )
     if args.vram_budget is None:
         raise BadRequest(
-            f"--reserve_vram {gigabytes(args.reserve_vram)}: there is no GPU here to reserve it on; leave it out"
+            f"--reserve_vram {gigabytes(reserved or 0)}: there is no GPU here to reserve it on; leave it out"
         )
     if not args.print_plan and args.find_max is None:
         raise BadRequest(
             f"--vram_budget {gigabytes(args.vram_budget)}: there is no GPU here to keep within it; leave it out, or "
             "add --print_plan to see what would be chosen on one"
         )
-    return Budget(size=args.vram_budget - (args.reserve_vram or 0), asked=True)
+    return Budget(size=args.vram_budget - (reserved or 0), asked=True)
 
 
 def within_budget(

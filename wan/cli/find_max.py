@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wan.cli.budget import budget_of, planner_of, video_of
 from wan.cli.generate import machine
-from wan.cli.presets import make_plan
+from wan.cli.presets import plan_and_preset
 from wan.cli.request import resolve
 from wan.conditioning.geometry import parse_size
 from wan.configs import SUPPORTED_SIZES
@@ -34,9 +34,9 @@ def find_max(args: argparse.Namespace, registry: Sequence[type[Optimization]], t
     if args.ckpt_dir is None and args.dit is None and args.load_format is None:
         args.load_format = "dummy"
     wanted, hardware = resolve(args, inputs=False), machine(args, registry)
-    budget = budget_of(args, hardware, preset)
+    plan, taken = plan_and_preset(args, registry, hardware, preset)
+    budget = budget_of(args, hardware, preset, taken.reserve_vram if taken else None)
     assert budget is not None, "--find_max asks for one"
-    plan = make_plan(args, registry, hardware, preset)
 
     def planner(video: Video) -> Planner:
         return planner_of(args, wanted, plan, registry, hardware, budget, video)

@@ -255,7 +255,7 @@ def examine(
     here = machine(args, registry) if shared is None else shared.hardware
     wanted = resolve(args, shared.source if shared is not None else None)
     (plan, preset), prediction = plan_and_preset(args, registry, here, default_preset), None
-    budget = budget_of(args, here, args.preset or default_preset)
+    budget = budget_of(args, here, args.preset or default_preset, preset.reserve_vram if preset else None)
     if budget is not None:
         plan, prediction = within_budget(args, wanted, plan, registry, here, budget)
     output = _output(args, wanted, claims, shared.tried if shared is not None else set())

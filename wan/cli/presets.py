@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from wan.cli import quality_sets
-from wan.cli.args import PROGRAM_DEFAULTS
+from wan.cli.args import PROGRAM_DEFAULTS, memory
 from wan.cli.cards import nearest
 from wan.cli.few_step import refuse_what_it_decides, told_by_name
 from wan.cli.variables import taken_from
+from wan.engine.budget import gigabytes
 from wan.engine.errors import BadRequest, IncompatibleOptions, MissingPackage
 from wan.engine.hardware import Hardware
-from wan.engine.options import options_of
 from wan.engine.plan import Optimization, Plan, options
 from wan.resources import folder
 
@@ -27,6 +27,7 @@ class Preset:
     """A preset: its file, how it was asked for, and where `auto` took it, why.
 
     `left_out` says what of it does not go with this machine or with a flag; a file of the user's keeps all.
+    `reserve_vram` are the bytes it leaves to others where no flag says so.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Preset:
     why: str = ""
     ours: bool = True
     left_out: tuple[str, ...] = ()
+    reserve_vram: int | None = None
 
     @property
     def name(self) -> str:
@@ -42,7 +44,8 @@ class Preset:
     def lines(self) -> list[str]:
         """What to say of it before the run."""
         left = [f"note: preset {self.path.stem} without {text}" for text in self.left_out]
-        return [f"preset  {self.name}" + (f": {self.why}" if self.why else ""), *left]
+        leaves = "" if self.reserve_vram is None else f", leaves {gigabytes(self.reserve_vram)} of GPU memory to others"
+        return [f"preset  {self.name}{leaves}" + (f": {self.why}" if self.why else ""), *left]
 
 
 def make_plan(
@@ -69,6 +72,8 @@ def plan_and_preset(
     preset = find_preset(name, hardware, wanted)
     if preset is not None:
         said = read_preset(preset.path)
+        reserved = _reserved(said.pop("reserve_vram", None), preset.path) if args.reserve_vram is None else None
+        preset = replace(preset, reserve_vram=reserved)
         Plan.of(registry, said, source=f"preset {preset.path.name}")
         if preset.ours:
             said, left_out = quality_sets.permitted(args, registry, said)
@@ -103,15 +108,22 @@ def _going_with(
     kept: dict[str, Any] = {}
     left_out: list[str] = []
     Plan.of(registry, {**values, **flags}).check(hardware)
-    for kind in registry:
-        mine = {o.name: said[o.name] for o in options_of(kind) if o.name in said and o.name not in flags}
+    for name in [o.name for o in options(registry) if o.name in said and o.name not in flags]:
         try:
-            Plan.of(registry, {**values, **kept, **mine, **flags}).check(hardware)
+            Plan.of(registry, {**values, **kept, name: said[name], **flags}).check(hardware)
         except (IncompatibleOptions, MissingPackage) as error:
-            left_out.append(f"{', '.join(mine)}: {error}")
+            left_out.append(f"{name}: {error}")
         else:
-            kept |= mine
+            kept[name] = said[name]
     return kept, tuple(left_out)
+
+
+def _reserved(text: Any, path: Path) -> int | None:
+    """Bytes of `reserve_vram = "4GB"`, the one key that is no option of the engine's."""
+    try:
+        return None if text is None else memory(str(text))
+    except argparse.ArgumentTypeError as error:
+        raise BadRequest(f"preset {path.name}: reserve_vram = {error}") from error
 
 
 def find_preset(name: str, hardware: Hardware, wanted: str = "flag") -> Preset | None:

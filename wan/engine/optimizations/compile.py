@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from wan.engine.errors import MissingPackage, UnsupportedHardware
+from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 RECOMPILE_LIMIT = 64
 """Blocks share one code object: block forms x sizes x dtypes must stay below this (PyTorch's default is 8)."""
 
+WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+"""Modes in which torch.compile records CUDA graphs."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compile(Optimization):
@@ -32,8 +35,9 @@ class Compile(Optimization):
     All blocks of one form share one compilation, those of two experts too, so the first step takes seconds to a minute
     more, which is told. Another prompt or seed compiles nothing. By default the first size is compiled for itself and
     the second for any size to come; `compile_dynamic` does the latter at once, `--no-compile_dynamic` compiles every
-    size for itself. The reduce-overhead and max-autotune modes use CUDA graphs: for small models, where launching
-    kernels costs more than they do; offloading makes them record again. Results differ by rounding.
+    size for itself. CUDA graphs (`cuda_graphs`, which is the mode reduce-overhead; max-autotune has them too) are for
+    small models, where launching kernels costs more than they do; offloading makes them record again. Results differ
+    by rounding.
     """
 
     order = Order.COMPILE
@@ -44,11 +48,24 @@ class Compile(Optimization):
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "default", "how torch.compile optimises"
     )
+    cuda_graphs: bool | None = option(
+        None, "replay compiled blocks as CUDA graphs (off: never; not set: as compile_mode has it)"
+    )
     compile_dynamic: bool | None = option(
         None, "one code for all sizes (off: one for each size; not set: from the second size on)"
     )
 
+    @property
+    def enabled(self) -> bool:
+        return self.compile or bool(self.cuda_graphs)  # graphs alone are refused, not ignored
+
+    @property
+    def mode(self) -> str:
+        """What torch.compile is given: `compile_mode`, with CUDA graphs where they are asked for."""
+        return "reduce-overhead" if self.cuda_graphs and self.compile_mode == "default" else self.compile_mode
+
     def check(self, hardware: Hardware) -> None:
+        self._check_graphs(hardware)
         if self.backend != "inductor":
             return
         if hardware.is_cuda and hardware.sm < (7, 0):
@@ -58,12 +75,23 @@ class Compile(Optimization):
         if not hardware.is_cuda and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise MissingPackage("--compile on a CPU needs a C++ compiler and none is on the PATH. Use --no-compile.")
 
+    def _check_graphs(self, hardware: Hardware) -> None:
+        if self.cuda_graphs is None:
+            return
+        if self.cuda_graphs is not (self.mode in WITH_GRAPHS):
+            flag = "--cuda_graphs" if self.cuda_graphs else "--no-cuda_graphs"
+            raise IncompatibleOptions(f"{flag} and --compile_mode {self.compile_mode} contradict each other: give one")
+        if self.cuda_graphs and not self.compile:
+            raise IncompatibleOptions("--cuda_graphs replays what --compile makes: add --compile")
+        if self.cuda_graphs and not hardware.is_cuda:
+            raise UnsupportedHardware(f"--cuda_graphs needs a CUDA card, this is {hardware}. Use --no-cuda_graphs.")
+
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if name not in engine.expert_names:
             return
         for block in module.all_blocks():  # type: ignore[operator]
-            block.compile(fullgraph=True, dynamic=self.compile_dynamic, backend=self.backend, mode=self.compile_mode)
-        if engine.device.type == "cuda" and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            block.compile(fullgraph=True, dynamic=self.compile_dynamic, backend=self.backend, mode=self.mode)
+        if engine.device.type == "cuda" and self.mode in WITH_GRAPHS:
             module.trunk = _one_graph_step(module.trunk)  # type: ignore[assignment,arg-type]
 
     def apply(self, engine: Engine) -> None:
