@@ -205,7 +205,10 @@ def test_what_a_file_of_the_users_says_does_not_give_way(capsys: Any) -> None:
         ("tf32 = yes please", "cannot be read"),
         ('reserve_vram = "4"', "preset mine.toml: reserve_vram = '4' is not a size of memory: write 12GB"),
         ('reserve_vram = "4GB"', "--reserve_vram 4.0 GB: there is no GPU here"),
-        ("compile = true\ncompile_mode = 'max-autotune'\ncuda_graphs = false", "--no-cuda_graphs and --compile_mode max"),
+        (
+            "compile = true\ncompile_mode = 'max-autotune'\ncuda_graphs = false",
+            "--no-cuda_graphs and --compile_mode max",
+        ),
     ],
 )
 def test_a_preset_with_a_mistake_is_refused(content: str, says: str, capsys: Any) -> None:

@@ -72,8 +72,8 @@ def plan_and_preset(
     preset = find_preset(name, hardware, wanted)
     if preset is not None:
         said = read_preset(preset.path)
-        reserved = _reserved(said.pop("reserve_vram", None), preset.path) if args.reserve_vram is None else None
-        preset = replace(preset, reserve_vram=reserved)
+        reserved = _reserved(said.pop("reserve_vram", None), preset.path)
+        preset = replace(preset, reserve_vram=reserved if args.reserve_vram is None else None)
         Plan.of(registry, said, source=f"preset {preset.path.name}")
         if preset.ours:
             said, left_out = quality_sets.permitted(args, registry, said)
