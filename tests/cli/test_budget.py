@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 
 from wan.cli.args import memory, parse
 from wan.cli.budget import Budget, budget_of, within_budget
-from wan.cli.generate import main
+from wan.cli.generate import Job, main
 from wan.cli.pipelines import memory_advice
 from wan.cli.presets import make_plan
+from wan.cli.queue import plan_queue
 from wan.cli.request import resolve
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
@@ -109,6 +111,27 @@ def test_weights_in_8_bits_are_chosen_by_name_alone_and_kept_where_a_preset_says
     plan, found, _ = planned("--vram_budget", "32GB", "--preset", str(preset))
     assert plan.values()["fp8"] == found.values["fp8"] == "scaled"
     assert plan.reasons["fp8"] == "preset mine"
+
+
+def test_the_jobs_of_a_queue_keep_to_what_the_largest_video_needs_to_be_loaded(tmp_path: Path) -> None:
+    """Networks are loaded once: the small video alone would swap fewer blocks."""
+
+    def planned_queue(*frames: int) -> list[Job]:
+        file = tmp_path / f"{len(frames)}.jsonl"
+        file.write_text("".join(f'{{"prompt": "{count}", "frame_num": {count}}}\n' for count in frames))
+        words = ["--task", "t2v-A14B", "--size", "480p", "--load_format", "dummy", "--device", "cpu", "--print_plan"]
+        words += ["--vram_budget", "16GB", "--save_file", f"{tmp_path}/", "--prompt_file", str(file)]
+        return [item.job for item in plan_queue(parse(words, options(registry())), registry(), "none").items]
+
+    [alone] = planned_queue(17)
+    small, large = planned_queue(17, 81)
+    fixed = [o.name for kind in registry() if not kind.per_call for o in options([kind])]
+    assert {name: small.plan.values()[name] for name in fixed} == {name: large.plan.values()[name] for name in fixed}
+    assert alone.plan.values()["block_swap"] < small.plan.values()["block_swap"]
+    assert small.plan.reasons["block_swap"] == "budget of the largest"
+    for job in (small, large):
+        assert job.prediction is not None and job.prediction.peak_bytes <= 16 * GB
+        assert job.prediction.values["block_swap"] == job.plan.values()["block_swap"]
 
 
 def test_auto_plans_for_what_is_free_and_nothing_else_does() -> None:

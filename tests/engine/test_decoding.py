@@ -5,12 +5,15 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import wan
 from wan.engine.accounting import Report
 from wan.engine.attempts import SMALL_TILE, Attempt, attempts, is_out_of_memory
 from wan.engine.decoding import Decode
@@ -160,6 +163,20 @@ def test_frames_that_are_none_are_an_error_and_not_a_black_video(value: float) -
 
     with pytest.raises(NonFinite, match="frames from 2 on hold NaN or infinity"):
         decoded(Broken(lambda attempt: True))
+
+
+def test_what_overflows_fp16_is_an_error_that_names_the_flag(tiny_checkpoint: Path, tiny_config: Any) -> None:
+    """Weights that are fine in float32 make more than 65504 in the last convolution."""
+    for dtype in ("fp32", "fp16"):
+        pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", vae_dtype=dtype)
+        with torch.no_grad():
+            pipe.engine.network("vae").decoder.head[-1].weight.fill_(6e4)
+        make = partial(pipe.generate, "a bird", size=(32, 32), frame_num=1, sampling_steps=1, seed=1)
+        if dtype == "fp32":
+            assert torch.isfinite(make()).all()
+            continue
+        with pytest.raises(NonFinite, match="--vae_dtype fp16 .*65504"):
+            make()
 
 
 def test_frames_stream_so_that_memory_does_not_grow_with_length() -> None:

@@ -6,11 +6,11 @@ Flags win over what is chosen, what is chosen wins over the preset.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
@@ -101,12 +101,17 @@ def within_budget(
         if budget.asked:
             raise
         raise IncompatibleOptions(f"{refusal}; --preset none tries it without a plan") from refusal
+    changed = _with_choice(plan, found, registry)
+    changed.check(hardware)
+    return changed, found
+
+
+def _with_choice(plan: Plan, found: Prediction, registry: Sequence[type[Optimization]]) -> Plan:
+    """`plan` with what was chosen, and why."""
     free = found.reasons.keys() & {o.name for o in options(registry)}
     chosen = {name: found.values[name] for name in free}
     reasons = {**plan.reasons, **{name: f"budget: {found.reasons[name]}" for name in free}}
-    changed = Plan.of(registry, plan.own_values() | chosen, source="budget", reasons=reasons)
-    changed.check(hardware)
-    return changed, found
+    return Plan.of(registry, plan.own_values() | chosen, source="budget", reasons=reasons)
 
 
 def in_step(jobs: list[Job], registry: Sequence[type[Optimization]]) -> list[Job]:
@@ -118,10 +123,23 @@ def in_step(jobs: list[Job], registry: Sequence[type[Optimization]]) -> list[Job
     fixed = {o.name for kind in registry if not kind.per_call for o in options([kind])}
     reasons, values = largest.plan.reasons, largest.plan.values()
     same = {name: values[name] for name in fixed if reasons.get(name, "").startswith("budget")}
-    return [
-        job if job is largest else replace(job, plan=job.plan.changed(registry, same, source="budget of the largest"))
-        for job in jobs
-    ]
+    return [job if job is largest or job.prediction is None else _in_step_with(job, same, registry) for job in jobs]
+
+
+def _in_step_with(job: Job, same: Mapping[str, Any], registry: Sequence[type[Optimization]]) -> Job:
+    """`job` with these values, and with what is the fastest beside them of what may be chosen for one call."""
+    assert job.prediction is not None and job.budget is not None
+    plan = job.plan.changed(registry, same, source="budget of the largest")
+    names = {o.name for o in options(registry)} & PLAIN.keys()
+    values = {name: value for name, value in plan.values().items() if name in names}
+    pinned = {name: value for name, value in values.items() if name in same or name not in job.prediction.reasons}
+    wishes = Wishes(
+        available=frozenset(names), pinned=pinned, others=values,
+        ram=available_ram() if job.hardware.is_cuda else None,
+    )  # fmt: skip
+    planner = Planner(models_for(job.wanted, plan), video_of(job.wanted, plan), job.prediction.card, wishes)
+    found = planner.choose(job.budget.size)
+    return replace(job, plan=_with_choice(plan, found, registry), prediction=found)
 
 
 def planner_of(
