@@ -101,7 +101,7 @@ def predicted(job: Job, limit: int | None) -> Prediction:
 
     here = job.hardware
     card = card_of(here.name, here.total_memory) if here.is_cuda else card_for(limit or 0)
-    return predict(models_for(job.wanted, job.plan), video_of(job.wanted), card, job.plan.values())
+    return predict(models_for(job.wanted, job.plan), video_of(job.wanted, job.plan), card, job.plan.values())
 
 
 def outcome(job: Job, terminal: Terminal, moves: Moves) -> tuple[int, str]:
