@@ -89,8 +89,7 @@ def _finite(frames: Tensor, start: int) -> Tensor:
     """`frames`, from number `start` of the shot on. Raises NonFinite for what would look like a picture if clamped."""
     if not bool(torch.isfinite(frames).all()):
         raise NonFinite(
-            f"the VAE's frames from {start + 1} on hold NaN or infinity, its latents do not: likely a damaged VAE "
-            "file; with --vae_dtype fp16 also what is beyond 65504: use bf16"
+            f"the VAE's frames from {start + 1} on hold NaN or infinity, its latents do not: likely a damaged VAE file"
         )
     return frames
 
