@@ -194,8 +194,7 @@ def with_row(text: str, key: str, row: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     from wan.cli.args import memory
     from wan.cli.report import Terminal
-    from wan.cli.signals import Stopped
-    from wan.engine.errors import WanError
+    from wan.cli.signals import exit_status
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True, help="the run's name in the table")
@@ -203,14 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vram_limit", type=memory, help="emulate a smaller card: 12GB")
     parser.add_argument("flags", nargs="+", help="flags of generate.py, after --")
     args, terminal = parser.parse_args(argv), Terminal()
-    try:
-        return measured(args, terminal)
-    except WanError as error:
-        terminal.failed(str(error))
-        return error.exit_code
-    except Stopped as stop:
-        terminal.line(str(stop))
-        return stop.exit_code
+    return exit_status(lambda: measured(args, terminal), terminal)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,31 @@ ROWS = ("model", "ground truth", "VAE reconstruction")
 
 def evaluate(folder: Path, split: str, count: int, seed: int, guide_scale: float | None = None) -> dict[str, Any]:
     """Results over `count` prompts of the combinations in `split`, in two single-threaded processes."""
-    started = time.monotonic()
-    with mp.get_context("spawn").Pool(2) as pool:
-        jobs = [(str(folder), split, list(range(part, count, 2)), seed, guide_scale) for part in range(2)]
-        found = [entry for part in pool.starmap(_share, jobs) for entry in part]
-    result = {"split": split, "prompts": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    found, seconds = in_two(_share, folder, split, count, seed, guide_scale)
+    result = {"split": split, "prompts": count, "seed": seed, "seconds": seconds}
     rows = {row: summary([entry[row] for entry in found]) for row in ROWS}
     cases = [entry["case"] for entry in found]
     return result | rows | {"by motion": _by_motion(cases), "disobeyed": [case for case in cases if case["wrong"]]}
+
+
+def in_two(
+    share: Callable[..., list[dict[str, Any]]], folder: Path, split: str, count: int, seed: int, *more: Any
+) -> tuple[list[dict[str, Any]], float]:
+    """What `share(folder, split, numbers, seed, *more)` finds for either half of the numbers, each in a process of its
+    own, and the seconds that took."""
+    started = time.monotonic()
+    with mp.get_context("spawn").Pool(2) as pool:
+        jobs = [(str(folder), split, list(range(part, count, 2)), seed, *more) for part in range(2)]
+        found = [entry for part in pool.starmap(share, jobs) for entry in part]
+    return found, round(time.monotonic() - started, 1)
+
+
+def drawn(split: str, numbers: Iterable[int], seed: int) -> Iterator[tuple[int, random.Random, scenes.Scene]]:
+    """The scenes of these numbers, of the combinations in turn, each with what its captions are drawn from."""
+    combos = scenes.split_combos()[split]
+    for number in numbers:
+        rng = random.Random(f"{seed}/{split}/{number}")
+        yield number, rng, scenes.random_scene(rng, combos[number % len(combos)])
 
 
 def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: float | None) -> list[dict[str, Any]]:
@@ -44,11 +62,8 @@ def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: 
     config = WAN_CONFIGS["t2v-demo"]
     scale = config.sample_guide_scale if guide_scale is None else guide_scale
     pipe = wan.WanT2V(config, folder, device="cpu")
-    combos = scenes.split_combos()[split]
     found = []
-    for number in numbers:
-        rng = random.Random(f"{seed}/{split}/{number}")
-        scene = scenes.random_scene(rng, combos[number % len(combos)])
+    for number, rng, scene in drawn(split, numbers, seed):
         prompt = scenes.caption(scene, rng, complete=True)
         video = pipe.generate(
             prompt, size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from . import scenes
-from .evaluate import cell, summary, verdict
+from .evaluate import cell, drawn, in_two, summary, verdict
 
 LABELS = {
     "plain": "20 steps, guided",
@@ -24,11 +22,8 @@ SECONDS = "seconds a clip"
 
 def evaluate(folder: Path, split: str, count: int, seed: int) -> dict[str, Any]:
     """Results over `count` prompts of the combinations in `split`, in two single-threaded processes."""
-    started = time.monotonic()
-    with mp.get_context("spawn").Pool(2) as pool:
-        jobs = [(str(folder), split, list(range(part, count, 2)), seed) for part in range(2)]
-        found = [entry for part in pool.starmap(_share, jobs) for entry in part]
-    result = {"split": split, "clips": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    found, seconds = in_two(_share, folder, split, count, seed)
+    result = {"split": split, "clips": count, "seed": seed, "seconds": seconds}
     for row in LABELS:
         entries = [entry[row] for entry in found]
         result[row] = {
@@ -51,10 +46,8 @@ def _share(folder: str, split: str, numbers: list[int], seed: int) -> list[dict[
     plain = wan.WanT2V(config, folder, device="cpu")
     student = wan.WanT2V(config, folder, device="cpu", few_step="demo-4step", **pairs)
     ways = {"plain": (plain, config.sample_steps), "few_step": (student, config.sample_steps), "control": (plain, 4)}
-    combos, found = scenes.split_combos()[split], []
-    for number in numbers:
-        rng = random.Random(f"{seed}/{split}/{number}")
-        scene = scenes.random_scene(rng, combos[number % len(combos)])
+    found = []
+    for number, rng, scene in drawn(split, numbers, seed):
         prompt, entry, clips = scenes.caption(scene, rng, complete=True), {}, {}
         for row, (pipe, steps) in ways.items():
             begun = time.monotonic()

@@ -8,21 +8,18 @@ what the judge reads in the picture itself; what is to happen is what the scene 
 
 from __future__ import annotations
 
-import random
-import time
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from wan.cli.benchmarking.intervals import wilson
 from wan.cli.judge import judge
 
 from . import scenes
-from .evaluate import cell
+from .evaluate import cell, drawn, in_two
 
 LABELS = {
     "i2v": "i2v, object not named",
@@ -39,20 +36,15 @@ NOISE = 0.02  # root mean square of changes that are none, of values in -1..1
 
 def evaluate(folder: Path, split: str, count: int, seed: int) -> dict[str, Any]:
     """Results over `count` scenes of the combinations in `split`, in two single-threaded processes."""
-    started = time.monotonic()
-    with mp.get_context("spawn").Pool(2) as pool:
-        jobs = [(str(folder), split, list(range(part, count, 2)), seed) for part in range(2)]
-        found = [entry for part in pool.starmap(_share, jobs) for entry in part]
-    result = {"split": split, "clips": count, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
+    found, seconds = in_two(_share, folder, split, count, seed)
+    result = {"split": split, "clips": count, "seed": seed, "seconds": seconds}
     return result | {row: _summary([entry[row] for entry in found]) for row in LABELS}
 
 
 def _share(folder: str, split: str, numbers: list[int], seed: int) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
-    combos, studio, found = scenes.split_combos()[split], _Studio(Path(folder)), []
-    for number in numbers:
-        rng = random.Random(f"{seed}/{split}/{number}")
-        scene = scenes.random_scene(rng, combos[number % len(combos)])
+    studio, found = _Studio(Path(folder)), []
+    for number, rng, scene in drawn(split, numbers, seed):
         truth = scenes.render([scene])[0]
         clips = studio.clips(scenes.event(scene, rng, complete=True), scenes.caption(scene, rng, True), truth, number)
         found.append({row: _measured(clip, truth, scene) for row, clip in clips.items()})

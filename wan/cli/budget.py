@@ -20,7 +20,7 @@ from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.optimizations import FP8, T5FP8, FewStep, LoRA, Precision
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
-from wan.engine.roofline import card_for, card_of
+from wan.engine.roofline import Card, card_for, card_of
 from wan.sizes import models_of
 
 if TYPE_CHECKING:
@@ -133,11 +133,7 @@ def _in_step_with(job: Job, same: Mapping[str, Any], registry: Sequence[type[Opt
     names = {o.name for o in options(registry)} & PLAIN.keys()
     values = {name: value for name, value in plan.values().items() if name in names}
     pinned = {name: value for name, value in values.items() if name in same or name not in job.prediction.reasons}
-    wishes = Wishes(
-        available=frozenset(names), pinned=pinned, others=values,
-        ram=available_ram() if job.hardware.is_cuda else None,
-    )  # fmt: skip
-    planner = Planner(models_for(job.wanted, plan), video_of(job.wanted, plan), job.prediction.card, wishes)
+    planner = _planner(job.wanted, plan, job.hardware, job.prediction.card, names, pinned)
     found = planner.choose(job.budget.size)
     return replace(job, plan=_with_choice(plan, found, registry), prediction=found)
 
@@ -159,11 +155,24 @@ def planner_of(
         pinned["fp8"] = fp8.fp8  # a preset's too: what changes the picture is nobody's but the user's to choose
     elif not fp8.allowed:
         names -= {"fp8"}
+    card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
+    return _planner(wanted, plan, hardware, card, names, pinned, video)
+
+
+def _planner(
+    wanted: Wanted,
+    plan: Plan,
+    hardware: Hardware,
+    card: Card,
+    names: set[str],
+    pinned: Mapping[str, Any],
+    video: Video | None = None,
+) -> Planner:
+    """What chooses among the options `names`, of which `pinned` stay; all others are as in `plan`."""
     wishes = Wishes(
         available=frozenset(names), pinned=pinned, ram=available_ram() if hardware.is_cuda else None,
         others={name: value for name, value in plan.values().items() if name in PLAIN},
     )  # fmt: skip
-    card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
     return Planner(models_for(wanted, plan), video or video_of(wanted, plan), card, wishes)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli.variables import taken_from
 from wan.engine.errors import BadRequest
+from wan.engine.options import spelled
 
 if TYPE_CHECKING:
     from wan.cli.request import Wanted
@@ -32,9 +33,9 @@ def refuse_what_it_decides(args: argparse.Namespace, plan: Plan) -> None:
         return
     recipe = few.recipe
     shifted = recipe.has_levels or recipe.shift is not None
-    spelled: dict[str, tuple[str, Any]] = vars(args).get("_spelled", {})
+    given = spelled(args)
     for name in ("sample_steps", "sample_solver", "sample_guide_scale", *(["sample_shift"] if shifted else [])):
-        if said := spelled[name][0] if name in spelled else taken_from(args, name):
+        if said := given[name][0] if name in given else taken_from(args, name):
             raise BadRequest(
                 f"{said} contradicts --few_step {few.few_step}, which says how to sample: leave one of them out"
             )

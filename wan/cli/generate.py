@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import env, memory, pipelines
 from wan.cli.report import Notes, Terminal, end_lines, start_lines
-from wan.cli.signals import Stopped, stoppable
-from wan.engine.errors import BadRequest, GenerationFailed, OutputError, WanError
+from wan.cli.signals import exit_status, stoppable
+from wan.engine.errors import BadRequest, GenerationFailed, OutputError
 
 if TYPE_CHECKING:
     import argparse
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from wan.engine.plan import Optimization, Plan
     from wan.engine.prediction import Prediction
     from wan.video import Output
-
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +93,13 @@ def main(argv: Sequence[str] | None = None, *, default_preset: str = "none", var
     """
     env.prepare()
     terminal = Terminal(io.StringIO() if env.rank() else None)
-    try:
+
+    def act() -> int:
         with stoppable(), Notes(terminal):
             args = read(sys.argv[1:] if argv is None else argv, terminal, variables=variables)
             return run(args, terminal, default_preset)
-    except WanError as error:
-        terminal.failed(str(error))
-        return error.exit_code
-    except Stopped as stop:
-        terminal.line(str(stop))
-        return stop.exit_code
-    except KeyboardInterrupt:
-        terminal.line("interrupted")
-        return INTERRUPTED
-    except SystemExit as leaving:  # --help
-        return int(leaving.code or 0)
+
+    return exit_status(act, terminal)
 
 
 def read(argv: Sequence[str], terminal: Terminal, *, variables: bool) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from wan.cli.args import CHECKPOINT, FLAGS, MISSING, RUN, Parser, build_parser, parse
 from wan.engine.errors import BadRequest, WanError
-from wan.engine.options import Option, str2bool
+from wan.engine.options import Option, merged, str2bool
 from wan.engine.plan import Optimization, options
 
 JSON_ENDINGS = (".jsonl", ".ndjson", ".json")
@@ -103,11 +103,9 @@ class _Reader:
 
     def _merged(self, own: argparse.Namespace, off: Iterable[str]) -> argparse.Namespace:
         """The command line with what a job says on top; `off` are its switches that are off, and its empty lists."""
-        spelled = {name: value for name, value in vars(own).items() if value is not None and name != "_spelled"}
-        cleared = {REPLACES[name] for name in spelled if name in REPLACES and REPLACES[name] not in spelled}
-        merged = {**vars(self._args), **dict.fromkeys((*cleared, *off)), **spelled}
-        merged["_spelled"] = {**vars(self._args).get("_spelled", {}), **vars(own).get("_spelled", {})}
-        return argparse.Namespace(**merged)
+        given = {name for name, value in vars(own).items() if value is not None}
+        cleared = {REPLACES[name] for name in given if name in REPLACES and REPLACES[name] not in given}
+        return merged(argparse.Namespace(**{**vars(self._args), **dict.fromkeys((*cleared, *off))}), own)
 
     def _fields(self, text: str) -> dict[str, Any]:
         """What a line says, by flag."""

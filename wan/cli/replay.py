@@ -20,7 +20,7 @@ from wan.conditioning.geometry import frames_for, parse_size
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import world
 from wan.engine.optimizations import LoRA, registry
-from wan.engine.options import Option, check_value, options_of
+from wan.engine.options import Option, check_value, options_of, spelled
 from wan.engine.plan import Optimization
 
 PIXELS = (
@@ -301,8 +301,8 @@ def _contradiction(said: str, name: str, value: Any, source: str) -> BadRequest:
 
 def _said(args: argparse.Namespace, name: str) -> str:
     """How the user spelled it; a caller that fills the namespace itself has spelled nothing."""
-    spelled: Mapping[str, tuple[str, Any]] = vars(args).get("_spelled", {})
-    return spelled[name][0] if name in spelled else f"--{name} {_text(getattr(args, name))}"
+    given = spelled(args)
+    return given[name][0] if name in given else f"--{name} {_text(getattr(args, name))}"
 
 
 def _text(value: Any) -> str:

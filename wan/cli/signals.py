@@ -11,8 +11,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from wan.engine.errors import WanError
+
+if TYPE_CHECKING:
+    from wan.cli.report import Terminal
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 _ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -22,6 +29,23 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
+
+
+def exit_status(act: Callable[[], int], terminal: Terminal) -> int:
+    """What a program ends with: what `act` returns, or that of what it raises, which is told in a line."""
+    try:
+        return act()
+    except WanError as error:
+        terminal.failed(str(error))
+        return error.exit_code
+    except Stopped as stop:
+        terminal.line(str(stop))
+        return stop.exit_code
+    except KeyboardInterrupt:
+        terminal.line("interrupted")
+        return INTERRUPTED
+    except SystemExit as leaving:  # --help
+        return int(leaving.code or 0)
 
 
 @contextmanager

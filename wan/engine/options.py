@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -104,13 +104,11 @@ class Spelling(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         value = self.const if self.nargs == 0 else values
-        spelled: dict[str, tuple[str, Any]] = namespace.__dict__.setdefault("_spelled", {})
         said = f"{option_string}" if self.nargs == 0 else f"{option_string} {values}"
-        before = spelled.get(self.dest)
+        before = spelled(namespace).get(self.dest)
         if before is not None and before[1] != value:
             parser.error(f"{before[0]} and {said} contradict each other: give one of them")
-        spelled[self.dest] = (said, value)
-        setattr(namespace, self.dest, value)
+        _store(namespace, self.dest, said, value)
 
 
 class Several(argparse.Action):
@@ -124,9 +122,28 @@ class Several(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         gathered = (*(getattr(namespace, self.dest) or ()), *values)
-        spelled: dict[str, tuple[str, Any]] = namespace.__dict__.setdefault("_spelled", {})
-        spelled[self.dest] = (f"{option_string} {' '.join(gathered)}", gathered)
-        setattr(namespace, self.dest, gathered)
+        _store(namespace, self.dest, f"{option_string} {' '.join(gathered)}", gathered)
+
+
+def spelled(namespace: argparse.Namespace) -> Mapping[str, tuple[str, Any]]:
+    """Name -> (how it was spelled, value) of every option the user gave."""
+    found: Mapping[str, tuple[str, Any]] = vars(namespace).get(_SPELLED, {})
+    return found
+
+
+def merged(below: argparse.Namespace, above: argparse.Namespace) -> argparse.Namespace:
+    """All of both; where both spell an option, what `above` says."""
+    given = {name: value for name, value in vars(above).items() if value is not None}
+    both = {_SPELLED: {**spelled(below), **spelled(above)}}
+    return argparse.Namespace(**{**vars(below), **given, **both})
+
+
+_SPELLED = "_spelled"
+
+
+def _store(namespace: argparse.Namespace, name: str, said: str, value: Any) -> None:
+    setattr(namespace, name, value)
+    setattr(namespace, _SPELLED, {**spelled(namespace), name: (said, value)})
 
 
 def str2bool(value: str | bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +54,25 @@ def choose(name: str | None, model: str, cache: str) -> tuple[str, Mapping[str, 
         name = candidates[0]
     if name in published():
         return name, published()[name]
-    if not Path(name).is_file():
+    path = Path(name)
+    if not path.is_file():
         raise BadRequest(
             f"--cache_table {name!r} is neither a file nor one of {', '.join(published())}; "
             "tools/calibrate_cache.py makes one"
         )
+    return name, _measured(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _measured(path: Path, changed: int) -> Mapping[str, Any]:
+    """The table in a file, read again only where it has changed: every run asks for it."""
     try:
-        table = json.loads(Path(name).read_text(encoding="utf-8"))
+        table = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadRequest(f"--cache_table {name!r} cannot be read: {error}") from error
+        raise BadRequest(f"--cache_table {str(path)!r} cannot be read: {error}") from error
     if not isinstance(table, dict):
-        raise BadRequest(f"--cache_table {name!r} is no table: tools/calibrate_cache.py makes one")
-    return name, table
+        raise BadRequest(f"--cache_table {str(path)!r} is no table: tools/calibrate_cache.py makes one")
+    return table
 
 
 def mag_table(name: str, table: Mapping[str, Any], experts: Sequence[str]) -> MagTable:
