@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.engine.weights": ("wan.engine.types", "wan.engine.ops", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.distributed": ("wan.engine.types", "wan.engine.ops", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.arena": (),
-    "wan.engine.adapting": ("wan.engine.errors", "wan.engine.weights"),
+    "wan.engine.adapting": ("wan.engine.ops", "wan.engine.weights"),
     "wan.engine.beside": ("wan.engine.adapting", "wan.engine.prediction", "wan.engine.weights"),
     "wan.engine.swapping": ("wan.engine.arena", "wan.engine.placement"),
     "wan.engine.placement": (

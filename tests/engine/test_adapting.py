@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan
 from wan.engine.adapting import Adapted, LowRank
 from wan.engine.errors import BadCheckpoint, IncompatibleOptions
+from wan.engine.ops.float8 import Float8Linear, quantize_weight
 from wan.engine.optimizations import Compile
 from wan.engine.weights.lora import open_lora
 
@@ -69,8 +71,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     [
         ({}, 1e-5),
         ({"param_dtype": "bfloat16"}, 2e-2),
-        ({"compile": True, "use_batched_cfg": True}, 1e-5),
-        ({"block_swap": 1}, 1e-5),
+        ({"compile": True, "use_batched_cfg": True, "block_swap": 1}, 1e-5),
+        ({"fp8": "weight", "block_swap": 1, "compile": True}, 0.04),
+        ({"fp8": "scaled"}, 0.06),
     ],
     ids=str,
 )
@@ -79,7 +82,8 @@ def test_every_mode_makes_the_video_that_merging_makes(
     options: dict[str, Any], tolerance: float,
 ) -> None:  # fmt: skip
     """Two LoRAs for both experts and one more for the low one, in float32 and bfloat16; the tolerance is that of
-    another order of summation, over two steps with guidance 4."""
+    another order of summation, over two steps with guidance 4. Over 8 bits it is that of e4m3's three binary digits:
+    `merge` rounds the sum once, `stream` the weight and then the sum, `onthefly` the weight alone."""
     monkeypatch.setattr(Compile, "backend", "eager")
     a, b = files
     chosen = {"lora": (a, f"{b}:-0.5"), "lora_low": (f"{b}:0.25",), **options}
@@ -181,6 +185,35 @@ def test_matrices_of_a_block_that_visits_leave_with_it(tmp_path: Path) -> None:
     assert (adapted.counts.hits, adapted.counts.misses) == (2, 4)
     adapted.leave()
     assert all(each.down is None for each in thin)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_over_8_bits_a_change_is_added_to_codes_times_scales(tmp_path: Path, dense: bool) -> None:
+    """`onthefly` leaves codes alone and adds in float, `stream` quantises the sum anew for the time of a call. A whole
+    difference is always exchanged."""
+    torch.manual_seed(0)
+    down, up, difference, x = (torch.randn(*shape) for shape in ((3, 16), (32, 3), (32, 16), (2, 16)))
+    pair = {"blocks.0.0.lora_A.weight": down, "blocks.0.0.lora_B.weight": up}
+    save_file(pair | {"blocks.1.0.diff": difference}, str(tmp_path / "x.safetensors"))
+    net = Two()
+    layers = [Float8Linear(nn.Linear(16, 32)) for _ in range(2)]
+    net.blocks = nn.ModuleList(nn.Sequential(layer) for layer in layers)
+    for layer in layers:
+        layer.weight.data, layer.weight_scale.data = quantize_weight(torch.randn(32, 16))
+    own = [(layer.weight.clone(), layer.weight_scale.clone()) for layer in layers]
+    adapted = Adapted(net, torch.device("cpu"), dense=dense)
+    adapted.load([open_lora(tmp_path / "x.safetensors")])
+    with adapted.at((0.5,)):
+        made = [net.run_block(block, x) for block in net.blocks]
+    changes = (up @ down, difference)
+    for out, layer, (codes, scale), change in zip(made, layers, own, changes, strict=True):
+        total = codes.float() * scale + 0.5 * change
+        again, scales = quantize_weight(total)
+        kept = not dense and change is not difference
+        weight = total if kept else again.float() * scales
+        assert torch.allclose(out, F.linear(x, weight, layer.bias), rtol=0, atol=1e-5)
+        assert torch.equal(layer.weight.float(), codes.float())
+        assert torch.equal(layer.weight_scale, scale)
 
 
 def test_a_file_of_another_model_is_refused_also_for_one_video(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from wan.components import dummy_components
 from wan.configs import WAN_CONFIGS
 from wan.engine.adapting import Adapted, LowRank
 from wan.engine.beside import beside_of
+from wan.engine.optimizations import FP8
 from wan.engine.prediction import Beside, Video, predict
 from wan.engine.roofline import CARDS
 from wan.engine.weights.lora import open_lora
@@ -35,16 +37,21 @@ def write(path: Path, rank: int) -> Path:
     return path
 
 
-def network() -> WanModel:
-    return WanModel(dim=D, ffn_dim=F, freq_dim=32, text_dim=32, num_heads=2, num_layers=2).eval()
+def network(fp8: Literal["off", "weight"]) -> WanModel:
+    made = WanModel(dim=D, ffn_dim=F, freq_dim=32, text_dim=32, num_heads=2, num_layers=2).eval()
+    if fp8 != "off":
+        FP8(fp8=fp8).convert(made, "dit")
+    return made
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_it_is_what_stays_after_a_call_and_what_a_call_needs(tmp_path: Path, dense: bool) -> None:
+@pytest.mark.parametrize(("dense", "fp8"), [(False, "off"), (True, "off"), (True, "weight")])
+def test_it_is_what_stays_after_a_call_and_what_a_call_needs(
+    tmp_path: Path, dense: bool, fp8: Literal["off", "weight"]
+) -> None:
     files = [open_lora(write(tmp_path / f"{rank}.safetensors", rank)) for rank in RANKS]
     with torch.device("meta"):
-        said = beside_of(network(), files, dense=dense)
-    made = network()
+        said = beside_of(network(fp8), files, dense=dense)
+    made = network(fp8)
     calls: list[int] = []
     own = {key: value.data_ptr() for key, value in made.state_dict().items()}
 
@@ -65,7 +72,8 @@ def test_it_is_what_stays_after_a_call_and_what_a_call_needs(tmp_path: Path, den
     if dense:
         assert said.in_block == beside == said.elements == 0
         making = 4 * F * D  # the larger of the two weights, summed in float32 before it takes its place
-        assert said.for_call == max(calls) - outside + making == 4 * (D * D + F * D + D) + making
+        weights = (D * D + F * D) * (4 if fp8 == "off" else 1) + 4 * (D if fp8 == "off" else D + D + D)
+        assert said.for_call == max(calls) - outside + making == weights + making
     else:
         assert said.in_block == beside // 2 + 4 * D and beside == 4 * 2 * numbers and said.elements == 2 * numbers
         assert max(calls) - outside == 4 * D

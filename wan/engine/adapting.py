@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.errors import UnsupportedHardware
+from wan.engine.ops.float8 import quantize_weight
 from wan.engine.weights.lora import Delta, LoRAFile
 
 RunBlock = Callable[..., Any]
@@ -70,19 +70,24 @@ class LowRank(nn.Module):
 
 @dataclass
 class _Patch:
-    """A tensor that is exchanged while it computes, and what each LoRA that changes it adds."""
+    """A weight that is exchanged while it computes, and what each LoRA that changes it adds.
 
-    tensor: Tensor
+    `tensors` are the weight, or its codes in 8 bits and their scales: a changed one is quantised anew.
+    """
+
+    tensors: tuple[Tensor, ...]
     deltas: list[tuple[int, Delta]]
-    made: Tensor | None = None
-    """The changed tensor, for as long as it may be kept."""
+    made: tuple[Tensor, ...] | None = None
+    """The changed tensors, for as long as they may be kept."""
 
-    def changed(self, strengths: Sequence[float]) -> Tensor:
-        base = self.tensor.data
+    def changed(self, strengths: Sequence[float]) -> tuple[Tensor, ...]:
+        base, *scale = (tensor.data for tensor in self.tensors)
         total = base.to(torch.float32, copy=True)
+        if scale:
+            total.mul_(scale[0])
         for number, delta in self.deltas:
             delta.to(base.device).add_to(total, strengths[number])
-        return total.to(base.dtype)
+        return quantize_weight(total) if scale else (total.to(base.dtype),)
 
 
 @dataclass
@@ -191,12 +196,9 @@ class Adapted:
             if all(self._goes_beside(key, delta) for _, delta in mine):
                 parts.beside.append(_Beside(self._low_rank(key), mine))
                 continue
-            if tensor.dtype not in FLOATS:
-                raise UnsupportedHardware(
-                    f"--lora_mode {'stream' if self.dense else 'onthefly'} cannot add to {key!r}, which is stored as "
-                    f"{tensor.dtype}" + (": use onthefly" if self.dense else ": use merge")
-                )
-            (self._outside if block is None else parts.patches).append(_Patch(tensor, mine))
+            scale = self._tensors.get(f"{key}_scale")
+            tensors = (tensor,) if scale is None else (tensor, scale)
+            (self._outside if block is None else parts.patches).append(_Patch(tensors, mine))
 
     def _goes_beside(self, key: str, delta: Delta) -> bool:
         return not self.dense and delta.down is not None and key in self._block_of and key.endswith(".weight")
@@ -270,21 +272,26 @@ class Adapted:
     @contextmanager
     def _exchanged(self, patches: Sequence[_Patch], *, keep: bool) -> Iterator[None]:
         """The changed tensors in the place of the network's own, which come back whatever happens."""
-        own = [patch.tensor.data for patch in patches]
+        own = [[tensor.data for tensor in patch.tensors] for patch in patches]
         try:
             with torch.inference_mode(False), torch.no_grad():
                 for patch in patches:
                     made = patch.changed(self._strengths) if patch.made is None else patch.made
                     patch.made = made if keep else None
-                    patch.tensor.data = made
+                    _point(patch.tensors, made)
             yield
         finally:
             with torch.inference_mode(False):
-                for patch, tensor in zip(patches, own, strict=True):
-                    patch.tensor.data = tensor
+                for patch, data in zip(patches, own, strict=True):
+                    _point(patch.tensors, data)
 
     def _rests_elsewhere(self, block: nn.Module) -> bool:
         return next(block.parameters()).device.type != self._device.type
+
+
+def _point(tensors: Sequence[Tensor], data: Sequence[Tensor]) -> None:
+    for tensor, place in zip(tensors, data, strict=True):
+        tensor.data = place
 
 
 def blocks_by_key(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -42,7 +42,8 @@ def beside_of(module: nn.Module, files: Sequence[LoRAFile], *, dense: bool) -> B
             continue
         host += sum(count * file.dtype(key).itemsize for file, count in zip(mine, counts, strict=True))
         making[block] = max(making[block], MAKING * tensor.numel())
-        (merged if dense and block is not None else kept)[block] += tensor.nbytes
+        parts = [tensors[name] for name in (key, f"{key}_scale") if name in tensors]
+        (merged if dense and block is not None else kept)[block] += sum(part.nbytes for part in parts)
     outside = kept.pop(None)
     return Beside(
         outside=outside, in_block=sum(kept.values()) // max(1, len(kept)),
