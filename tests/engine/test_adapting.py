@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import wan
 from wan.engine.adapting import Adapted, LowRank
 from wan.engine.errors import BadCheckpoint, IncompatibleOptions
-from wan.engine.ops.float8 import Float8Linear, quantize_weight
+from wan.engine.ops.float8 import Coded, Float8Linear, quantize_weight
 from wan.engine.optimizations import Compile
-from wan.engine.weights.lora import open_lora
+from wan.engine.weights.lora import merged, open_lora
 
 SIZE: dict[str, Any] = {"sampling_steps": 2, "seed": 1, "offload_model": None, "guide_scale": 4.0}
 D = 48
@@ -189,8 +189,8 @@ def test_matrices_of_a_block_that_visits_leave_with_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_over_8_bits_a_change_is_added_to_codes_times_scales(tmp_path: Path, dense: bool) -> None:
-    """`onthefly` leaves codes alone and adds in float, `stream` quantises the sum anew for the time of a call. A whole
-    difference is always exchanged."""
+    """`onthefly` leaves codes alone and adds in float, `stream` quantises the sum anew for the time of a call, `merge`
+    once and for all. A whole difference is always exchanged."""
     torch.manual_seed(0)
     down, up, difference, x = (torch.randn(*shape) for shape in ((3, 16), (32, 3), (32, 16), (2, 16)))
     pair = {"blocks.0.0.lora_A.weight": down, "blocks.0.0.lora_B.weight": up}
@@ -202,12 +202,16 @@ def test_over_8_bits_a_change_is_added_to_codes_times_scales(tmp_path: Path, den
         layer.weight.data, layer.weight_scale.data = quantize_weight(torch.randn(32, 16))
     own = [(layer.weight.clone(), layer.weight_scale.clone()) for layer in layers]
     adapted = Adapted(net, torch.device("cpu"), dense=dense)
-    adapted.load([open_lora(tmp_path / "x.safetensors")])
+    lora = open_lora(tmp_path / "x.safetensors")
+    adapted.load([lora])
     with adapted.at((0.5,)):
         made = [net.run_block(block, x) for block in net.blocks]
     changes = (up @ down, difference)
-    for out, layer, (codes, scale), change in zip(made, layers, own, changes, strict=True):
+    stored = [(f"blocks.{n}.0.weight", Coded(*each)) for n, each in enumerate(own)]
+    sums = dict(merged(stored, [(lora, 0.5)])).values()
+    for out, layer, (codes, scale), change, added in zip(made, layers, own, changes, sums, strict=True):
         total = codes.float() * scale + 0.5 * change
+        assert torch.allclose(added, total, rtol=0, atol=1e-5)
         again, scales = quantize_weight(total)
         kept = not dense and change is not difference
         weight = total if kept else again.float() * scales

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 import wan
 from wan.engine.errors import BadCheckpoint, BadRequest, UnsupportedHardware
 from wan.engine.hardware import Hardware
+from wan.engine.live_bytes import LiveBytes
 from wan.engine.ops.float8 import E4M3, Float8Linear
-from wan.engine.optimizations import FP8
+from wan.engine.optimizations import FP8, LoRA
 from wan.engine.weights.dialects import DIT, open_network
+from wan.engine.weights.quantising import SPELLINGS, QuantisingFile
 from wan.engine.weights.stream import load_into
+from wan.modules.model import WanModel
 
 LAYER, PLAIN = "blocks.0.self_attn.q", "blocks.0.self_attn.norm_q.weight"
 CODES = (torch.arange(60).reshape(6, 10).float() - 30).to(E4M3)
@@ -96,6 +100,55 @@ def test_layers_of_the_blocks_are_held_in_8_bits_but_those_to_keep(tiny_checkpoi
     for key, value in network.state_dict().items():
         if key in plain and key.removesuffix(".weight") not in held:
             assert torch.equal(value, plain[key])
+
+
+def test_no_weight_but_the_one_at_hand_stands_in_16_bits_while_loading(tmp_path: Path) -> None:
+    """What is alive beside what stays while each weight is read and stored, counted operation by operation.
+
+    bfloat16 is quantised weight by weight, with a LoRA merged too; what comes in 8 bits is held as it was read, and
+    never made into floats.
+    """
+
+    def path(name: str) -> Path:
+        return tmp_path / f"{name}.safetensors"
+
+    def network() -> WanModel:
+        return WanModel(dim=64, ffn_dim=96, freq_dim=32, text_dim=32, num_heads=2, num_layers=1).bfloat16()
+
+    def extra(name: str, *loras: str) -> int:
+        """The most bytes that one weight of the blocks took, read, made and stored."""
+        with torch.device("meta"):
+            module = network()
+        FP8(fp8="weight").convert(module, "dit")
+        dtypes = {key: value.dtype for key, value in module.state_dict().items()}
+        taken: dict[str, int] = {}
+
+        def each() -> Iterator[tuple[str, Tensor]]:
+            before = live.peak = live.now
+            for item in LoRA(lora=loras).transform(open_network(path(name), DIT).stream(), "dit"):
+                key = item[0]
+                yield item
+                del item  # as the reader does: what is left is what stays
+                taken[key] = live.peak - before
+                before = live.peak = live.now
+
+        with torch.no_grad(), LiveBytes() as live:
+            load_into(module, each(), dtype=dtypes.get, place=lambda key, tensor: torch.device("cpu"))
+            assert live.now == sum(value.nbytes for value in module.state_dict().values())
+        return max(taken[f"{layer}.weight"] for layer in in_8_bits)
+
+    plain = network()
+    save_file(plain.state_dict(), path("plain"))
+    save_file({"blocks.0.ffn.0.diff": torch.ones(96, 64)}, path("lora"))
+    in_8_bits = [name for name, part in plain.named_modules() if type(part) is nn.Linear and "blocks" in name]
+    for name, spelling in SPELLINGS.items():
+        converted = QuantisingFile(open_network(path("plain"), DIT), in_8_bits, spelling).stream()
+        save_file({key: value.clone() for key, value in converted}, path(name))
+    largest = 96 * 64
+    assert extra("plain") < 9 * largest  # 2 bytes of the file, 4 of float32, 1 of codes, and what is divided
+    assert extra("plain", str(path("lora"))) < 15 * largest
+    for name in SPELLINGS:
+        assert extra(name) < 1.2 * largest, "codes and scales, and no more"
 
 
 def test_what_cannot_be_is_said_before_a_weight_is_read(tiny_checkpoint: Path, tiny_config: Any) -> None:
