@@ -8,10 +8,13 @@ F = ffn_dim / dim); in rows: keys and values (4 N) and a chunk of the rest. All 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from wan.engine.accounting import Forwards
 from wan.engine.activations import dit_activation_bytes
@@ -48,8 +51,9 @@ def counted(  # noqa: PLR0913 - what changes the count, all by name
     per_frame: bool = False,
     layers: int = 1,
     give_away: bool = True,
+    in_step: int = 1,
 ) -> int:
-    """Peak of one forward as the engine runs it."""
+    """Peak of one forward as the engine runs it, or of several `in_step`."""
     with torch.device("meta"):
         dit = build_dit({**sizes, "num_layers": layers, "text_len": 512}).requires_grad_(False)
         for name, parameter in dit.named_parameters():
@@ -65,7 +69,18 @@ def counted(  # noqa: PLR0913 - what changes the count, all by name
         condition = Condition(context=torch.empty(batch, 512, 4096, dtype=torch.bfloat16))
         latents, t = torch.empty(batch, *shape), torch.empty(batch, shape[1]) if per_frame else torch.empty(batch)
         step = Step(0, 1, 500.0, 0.5, 0.0)
+        if in_step > 1:
+            return peak_live_bytes(side_by_side(dit, latents, t, condition, in_step))
         return peak_live_bytes(lambda: dit.velocity(latents, t, condition, step))
+
+
+def side_by_side(
+    dit: Any, latents: Tensor, t: Tensor, condition: Condition, count: int
+) -> Callable[[], dict[str, Tensor]]:
+    """Forwards of so many branches, each block computing all of them; what is there before a step is made here."""
+    branches = {str(index): replace(condition, memo={}) for index in range(count)}
+    times, stacked = dict.fromkeys(branches, t), type(condition).cat(list(branches.values()))
+    return lambda: dit.velocities(latents, times, branches, stacked, Step(0, 1, 500.0, 0.5, 0.0))
 
 
 def predicted(sizes: Sizes, shape: tuple[int, ...], **how: int) -> int:
@@ -103,6 +118,13 @@ def test_either_chunking_alone_a_batch_and_kept_tokens_are_in_the_formula() -> N
     assert counted(sizes, shape, give_away=False) == pytest.approx(predicted(sizes, shape, streams=2), rel=0.04)
 
 
+@pytest.mark.parametrize(("case", "in_step"), [("1.3B 480p", 2), ("14B 720p", 3)])
+def test_branches_in_step_hold_a_stream_each_and_nothing_else_twice(case: str, in_step: int) -> None:
+    sizes, shape, _ = CASES[case]
+    found = counted(sizes, shape, in_step=in_step)
+    assert found == pytest.approx(predicted(sizes, shape, streams=in_step), rel=0.04)
+
+
 def test_the_peak_does_not_depend_on_the_number_of_blocks() -> None:
     sizes, _, _ = CASES["1.3B 480p"]
     shape = (16, 21, 30, 52)
@@ -110,8 +132,11 @@ def test_the_peak_does_not_depend_on_the_number_of_blocks() -> None:
     assert four == one
 
 
-def test_a_side_stack_holds_two_more_streams_and_its_input() -> None:
-    """VACE's first side block: the tokens it was given, those it makes, and the control in the blocks' dtype."""
+@pytest.mark.parametrize("in_step", [1, 2])
+def test_a_side_stack_holds_two_more_streams_and_its_input(in_step: int) -> None:
+    """VACE's first side block: the tokens it was given, those it makes, and the control in the blocks' dtype.
+
+    In step each branch has its own but for those being made, and the others' hints wait."""
     sizes, shape, _ = CASES["1.3B 480p"]
     side = {"num_layers": 2, "text_len": 512, "model_type": "vace", "vace_layers": [0, 1], "vace_in_dim": 96}
     with torch.device("meta"):
@@ -121,7 +146,8 @@ def test_a_side_stack_holds_two_more_streams_and_its_input() -> None:
         dit.trunk = Forwards({}).counting(dit.trunk, give_away=True)
         text, control = torch.empty(1, 512, 4096, dtype=torch.bfloat16), torch.empty(1, 96, *shape[1:])
         condition = VaceCondition(context=text, control=control, control_scale=torch.empty(1))
-        latents, step = torch.empty(1, *shape), Step(0, 1, 500.0, 0.5, 0.0)
-        found = peak_live_bytes(lambda: dit.velocity(latents, torch.empty(1), condition, step))
+        latents = torch.empty(1, *shape)
+        found = peak_live_bytes(side_by_side(dit, latents, torch.empty(1), condition, in_step))
     n = tokens(shape) * sizes["dim"]
-    assert found == pytest.approx(predicted(sizes, shape, streams=3) + 2 * n, rel=0.04)
+    expected = predicted(sizes, shape, streams=2 * in_step + 1) + (2 * in_step - 1) * 2 * n
+    assert found == pytest.approx(expected, rel=0.04)

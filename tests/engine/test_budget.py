@@ -162,3 +162,14 @@ def test_8_bits_are_chosen_where_nothing_else_fits() -> None:
     short_of_ram = Planner(both, small, CARD, replace(EVERYTHING, ram=25 * GB)).choose(16 * GB)
     assert short_of_ram.values["fp8"] == "weight" and short_of_ram.host_bytes <= 25 * GB
     assert short_of_ram.reasons["fp8"].startswith("else ")
+
+
+def test_branches_go_in_step_where_copies_would_not_hide_and_need_half_of_them() -> None:
+    task, swapped = "t2v-A14B", {"offload_model": True, "block_swap": 40}
+    picture, clip = (replace(video(task, "832*480"), frames=frames) for frames in (1, 81))
+    alone, in_step = (predict(models(task), picture, CARD, swapped | {"lockstep_cfg": on}) for on in (False, True))
+    assert in_step.copy_rate_needed == pytest.approx(alone.copy_rate_needed / 2)
+    assert not alone.copies_hide and in_step.seconds_per_step == pytest.approx(alone.seconds_per_step / 2, rel=0.01)
+    chosen = Planner(models(task), picture, CARD, EVERYTHING).choose(12 * GB)
+    assert chosen.values["lockstep_cfg"] and chosen.reasons["lockstep_cfg"].endswith("s faster a video")
+    assert not Planner(models(task), clip, CARD, EVERYTHING).choose(12 * GB).values["lockstep_cfg"]

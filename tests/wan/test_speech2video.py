@@ -206,6 +206,7 @@ def test_a_picture_speaks_clip_after_clip(speech_checkpoint: Path, config: Any, 
     video = talk(pipe, picture, speech)
     assert video.shape == (3, 3 * 8 - 3, 64, 64) and torch.isfinite(video).all()
     assert torch.equal(talk(pipe, picture, speech, num_repeat=1), video[:, :5])
+    assert torch.equal(talk(pipe, picture, speech, num_repeat=1, lockstep_cfg=True), video[:, :5])
     assert torch.equal(talk(pipe, picture, speech, frame_num=12), video[:, :12])
     started = talk(pipe, picture, speech, num_repeat=1, init_first_frame=True)
     assert started.shape[1] == 8

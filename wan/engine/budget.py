@@ -31,7 +31,7 @@ SAVERS = (
     "offload_model", "vae_cpu", "t5_cpu", "stream_t5", "block_swap", "ffn_rows", "attention_rows", "vae_tiling",
     "vae_tile_size", "fp8",
 )  # fmt: skip
-CHOSEN = (*SAVERS, "use_batched_cfg")
+CHOSEN = (*SAVERS, "use_batched_cfg", "lockstep_cfg")
 """The options it chooses; of the others it takes what the plan has."""
 _DOING = {
     "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
@@ -121,7 +121,11 @@ class Planner:
                 {"ffn_rows": rows, "attention_rows": 0},
                 {"ffn_rows": rows, "attention_rows": rows},
             ],
-            [{"use_batched_cfg": False}, {"use_batched_cfg": True}],
+            [
+                {"use_batched_cfg": False, "lockstep_cfg": False},
+                {"use_batched_cfg": False, "lockstep_cfg": True},
+                {"use_batched_cfg": True, "lockstep_cfg": False},
+            ],
             [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile_size": tile} for tile in TILES)],
             [{"fp8": "off"}, *([] if self.models.float8 is None else [{"fp8": "weight"}])],
         )

@@ -111,9 +111,10 @@ class Video:
 
 PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
-    "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "vae_tiling": False,
-    "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False, "cache": "off", "fp8": "off",
-    "share_first_block": False, "keep_text_keys": False, "residual_dtype": "float32", "vae_frames_per_call": 0,
+    "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "lockstep_cfg": False,
+    "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False,
+    "cache": "off", "fp8": "off", "share_first_block": False, "keep_text_keys": False, "residual_dtype": "float32",
+    "vae_frames_per_call": 0,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -169,7 +170,7 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
     dit_bytes = _on_card(models.transformer, swapped, given["prefetch_blocks"])
     beside = models.lora.on_card(models.transformer.swappable - swapped, swapped)
     stays = _staying(models, given, dit_bytes, beside)
-    denoise_s, forward_s = _denoise_seconds(models, video, card, given, swapped)
+    denoise_s, visit_s = _denoise_seconds(models, video, card, given, swapped)
     alone_s = _denoise_seconds(models, replace(video, forwards=1), card, given, swapped)[0]
     guided = video.steps if video.guided is None else video.guided
     decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given), given["vae_frames_per_call"])
@@ -192,7 +193,7 @@ def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any])
         used["encode"] = {"VAE": models.vae.num_bytes, "frames": frames, "image encoder": models.clip_bytes}
         seconds["encode"] = encode_s
     overhead = CONTEXT_BYTES + WORKSPACE_BYTES
-    needed = models.transformer.swapped_bytes * swapped / max(forward_s, 1e-9)
+    needed = models.transformer.swapped_bytes * swapped / max(visit_s, 1e-9)
     return Prediction(
         card=card,
         values=given,
@@ -259,15 +260,16 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
     """
     net, tokens, batch = models.transformer, video.tokens(models), _batch(video, given)
     one = tokens * net.dim * net.element_size
-    keeps = given["cache"] in ("tea", "mag")
+    keeps, at_once = given["cache"] in ("tea", "mag"), _in_step(video, given)
     live = dit_activation_bytes(
         dim=net.dim, ffn_dim=net.ffn_dim, tokens=tokens, batch=batch, text_len=net.text_len + net.image_tokens,
         head_dim=net.dim // net.num_heads, ffn_rows=given["ffn_rows"], attention_rows=given["attention_rows"],
         param_bytes=net.element_size, stream_bytes=2 if given["residual_dtype"] == "bfloat16" else 4,
-        streams=1 + 2 * net.side_streams + bool(given["compile"]) + keeps,
+        streams=at_once * (1 + net.side_streams + keeps) + net.side_streams + bool(given["compile"]),
     )  # fmt: skip
-    # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype.
-    parts = {"activations": live + batch * net.side_streams * one}
+    # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype;
+    # in step also what it made for the other branches.
+    parts = {"activations": live + batch * (2 * at_once - 1) * net.side_streams * one}
     parts |= {"step cache": video.forwards * one} if keeps else {}
     parts |= {"first block": one} if given["share_first_block"] else {}
     texts = 2 * net.num_blocks * (net.text_len + net.image_tokens) * net.dim * net.element_size
@@ -276,6 +278,11 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
 
 def _batch(video: Video, given: Mapping[str, Any]) -> int:
     return 2 if given["use_batched_cfg"] and video.forwards > 1 else 1
+
+
+def _in_step(video: Video, given: Mapping[str, Any]) -> int:
+    """Forwards of a batch of one that go through the blocks side by side."""
+    return video.forwards if given["lockstep_cfg"] and _batch(video, given) == 1 else 1
 
 
 def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
@@ -300,14 +307,14 @@ def _copied(models: Models, given: Mapping[str, Any]) -> int:
 def _denoise_seconds(
     models: Models, video: Video, card: Card, given: Mapping[str, Any], swapped: int
 ) -> tuple[float, float]:
-    """(seconds of a step, of one pass over the blocks' computation); swapped blocks are spread among the others."""
-    batch = _batch(video, given)
+    """(seconds of a step, of what is computed while each block is there once); swapped blocks are spread evenly."""
+    batch, at_once = _batch(video, given), _in_step(video, given)
     net, tokens = models.transformer, video.tokens(models)
     computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
-    computed += 2 * batch * tokens * models.lora.elements / (GEMM * card.bf16)
+    computed = at_once * (computed + 2 * batch * tokens * models.lora.elements / (GEMM * card.bf16))
     copied = swapped * net.swapped_bytes / card.copy_rate
     busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
-    return max(busy, copied) * math.ceil(video.forwards / batch), computed
+    return max(busy, copied) * math.ceil(video.forwards / batch / at_once), computed
 
 
 _forward_seconds = lru_cache(lambda net, tokens, card, batch, compiled: forward_seconds(

@@ -98,7 +98,8 @@ class _Stored:
 class Swap:
     """Those blocks of a network that live in RAM. They are fetched in the order given, round and round.
 
-    While one computes, the next `prefetch` are copied. A block that comes out of turn is fetched when it is needed.
+    While one computes, the next `prefetch` are copied. A block that comes out of turn is fetched when it is needed. One
+    that is called again before any other block is still there: it gives its slot back when the next one begins.
     """
 
     def __init__(
@@ -122,6 +123,8 @@ class Swap:
         self._free: deque[int] = deque()
         self._coming: deque[tuple[int, int]] = deque()
         """(position, slot) of the blocks in or on their way to a slot that have not run yet, in order."""
+        self._visiting: tuple[int, int] | None = None
+        """(position, slot) of the block that ran last, while no other has begun."""
 
     def tensors(self) -> list[Tensor]:
         """What stays in RAM."""
@@ -132,6 +135,7 @@ class Swap:
 
         def run(block: nn.Module, *arguments: Any) -> Any:
             if block not in self._positions:
+                self._leave()
                 return run_block(block, *arguments)
             with self._on_device(self._positions[block]):
                 return run_block(block, *arguments)
@@ -142,28 +146,41 @@ class Swap:
         """Give back the slots."""
         if self._slots:
             self._copies.finish()
-        self._slots, self._holds = [], {}
+        self._slots, self._holds, self._visiting = [], {}, None
         self._free.clear()
         self._coming.clear()
 
     @contextmanager
     def _on_device(self, position: int) -> Iterator[None]:
-        if not self._slots:
-            self._open()
-        while self._coming and self._coming[0][0] != position:
-            self._free.append(self._coming.popleft()[1])
-        self._fetch_from(position)
-        _, slot = self._coming.popleft()
+        slot = self._enter(position)
         stored = self._stored[position]
         with torch.inference_mode(False):
             stored.point(_views(self._slots[slot], stored.homes))
-        self._copies.arrive(slot)
         try:
             yield
         finally:
             with torch.inference_mode(False):
                 stored.point(stored.homes)
             self._copies.computed(slot)
+
+    def _enter(self, position: int) -> int:
+        """The slot in which the block is from now on."""
+        if not self._slots:
+            self._open()
+        if self._visiting is None or self._visiting[0] != position:
+            self._leave()
+            while self._coming and self._coming[0][0] != position:
+                self._free.append(self._coming.popleft()[1])
+            self._fetch_from(position)
+            self._visiting = self._coming.popleft()
+            self._copies.arrive(self._visiting[1])
+        return self._visiting[1]
+
+    def _leave(self) -> None:
+        """Give the slot of the block that ran last to those that follow it."""
+        if self._visiting is not None:
+            position, slot = self._visiting
+            self._visiting = None
             self._free.append(slot)
             self._fetch_from((position + 1) % len(self._stored))
 

@@ -11,11 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.engine.errors import BadRequest
 from wan.engine.ops.modulate import norm_modulate
 from wan.engine.ops.rows import run_length, runs
 from wan.modules.blocks import WanLayerNorm
 
-__all__ = ["Head", "linear32", "patchify", "sinusoidal_embedding_1d", "unpatchify"]
+__all__ = [
+    "Head",
+    "distinct_rows",
+    "frame_of_token",
+    "linear32",
+    "patchify",
+    "sinusoidal_embedding_1d",
+    "token_rows",
+    "unpatchify",
+]
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of tokens."""
 
 
 def sinusoidal_embedding_1d(dim: int, timestep: Tensor) -> Tensor:
@@ -24,6 +37,46 @@ def sinusoidal_embedding_1d(dim: int, timestep: Tensor) -> Tensor:
     frequencies = 10000 ** -(torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
     angles = timestep.double()[..., None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), -1).float()
+
+
+def frame_of_token(grid: Grid, device: torch.device) -> Tensor:
+    """[L] the latent frame of each token."""
+    return torch.arange(grid[0], device=device)[:, None].expand(-1, grid[1] * grid[2]).reshape(-1)
+
+
+def token_rows(timestep: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """The distinct timesteps [B, U] and the row [L] of each token, None where one serves all.
+
+    `timestep` is [B], [1] (for all), [B, T] (one per latent frame) or [B, L] (one per token). Raises BadRequest.
+    """
+    if timestep.ndim == 1:
+        return timestep[:, None], None
+    if timestep.shape[1] == grid[0]:
+        return timestep, frame_of_token(grid, timestep.device)
+    if timestep.shape[1] == math.prod(grid):
+        return timestep, torch.arange(timestep.shape[1], device=timestep.device)
+    if timestep.shape[1] != 1:
+        raise BadRequest(
+            f"timestep of shape {tuple(timestep.shape)!r} fits neither one per sample nor one per latent frame "
+            f"({grid[0]}) nor one per token ({math.prod(grid)})"
+        )
+    return timestep, None
+
+
+def distinct_rows(t: Tensor, members: list[int], count: int, grid: Grid, seq_len: int) -> tuple[Tensor, Tensor | None]:
+    """`token_rows` of some of `count` samples, from upstream's two forms of `t`: [B] and [B, seq_len]."""
+    length = math.prod(grid)
+    if length > seq_len:
+        raise BadRequest(f"latents of {grid} frames, rows and columns make {length} tokens; seq_len is {seq_len!r}")
+    if t.shape[0] not in (1, count) or t.ndim > 2 or (t.ndim == 2 and t.shape[1] < length):
+        raise BadRequest(
+            f"t of shape {tuple(t.shape)!r}: give one timestep a sample, [{count}], or [{count}, {seq_len}]"
+        )
+    t = t.expand(count, *t.shape[1:])[members]
+    if t.ndim == 1:
+        return t[:, None], None
+    distinct, rows = torch.unique(t[:, :length], dim=1, return_inverse=True)
+    return distinct, None if distinct.shape[1] == 1 else rows
 
 
 def linear32(layer: nn.Module, x: Tensor) -> Tensor:

@@ -24,9 +24,19 @@ from wan.engine.ops.rope import grid_table
 from wan.engine.ops.rows import accumulate
 from wan.engine.types import Condition, Layout, Step
 from wan.modules.blocks import Adapter, BlockInputs, RunBlock, WanAttentionBlock, call_block
-from wan.modules.embedding import Head, linear32, patchify, sinusoidal_embedding_1d, unpatchify
+from wan.modules.embedding import (
+    Head,
+    distinct_rows,
+    frame_of_token,
+    linear32,
+    patchify,
+    sinusoidal_embedding_1d,
+    token_rows,
+    unpatchify,
+)
 from wan.modules.image_embedding import BRANCH, ImageAdapter, ImageCondition, MLPProj
 from wan.modules.image_embedding import NAME as CLIP
+from wan.modules.lockstep import Begun, in_one_batch
 
 __all__ = ["FrozenConfig", "Head", "WanModel", "sinusoidal_embedding_1d"]
 
@@ -139,19 +149,26 @@ class WanModel(nn.Module):
         0..1000, of any real dtype. Text embeddings and rotary tables are kept in `condition`, which must not be shared
         between weights that change (training) or experts that `step` does not name. Nothing here waits for the device.
         """
-        if timestep.ndim == 1:
-            return self._predict(latents, timestep[:, None], None, condition, step, branches)
-        frames, rows = latents.shape[2] // self.patch_size[0], None
-        if timestep.shape[1] == frames:
-            rows = self._frames(self._grid(latents), latents.device)
-        elif timestep.shape[1] == math.prod(self._grid(latents)):
-            rows = torch.arange(timestep.shape[1], device=latents.device)
-        elif timestep.shape[1] != 1:
-            raise BadRequest(
-                f"timestep of shape {tuple(timestep.shape)!r} fits neither one per sample nor one per latent frame "
-                f"({frames}) nor one per token ({math.prod(self._grid(latents))})"
-            )
-        return self._predict(latents, timestep, rows, condition, step, branches)
+        return self._predict(latents, *token_rows(timestep, self._grid(latents)), condition, step, branches)
+
+    def velocities(
+        self,
+        latents: Tensor,
+        timesteps: Mapping[str, Tensor],
+        conditions: Mapping[str, Condition],
+        stacked: Condition,
+        step: Step,
+    ) -> dict[str, Tensor]:
+        """`velocity` of several conditions of equal shapes, by name and bit for bit: a block computes all of them, then
+        the next one. `stacked` is all of them as one batch."""
+        begun = (
+            self._begin(latents, *token_rows(timesteps[name], self._grid(latents)), condition, step, (name,))
+            for name, condition in conditions.items()
+        )
+        tokens, inputs, embeddings = in_one_batch(begun, len(conditions))
+        parts = self.trunk(tokens, inputs, stacked, step).chunk(len(conditions))
+        ends = zip(conditions, parts, embeddings, strict=True)
+        return {name: self._end(part, inputs, embedding) for name, part, embedding in ends}
 
     def _predict(
         self,
@@ -163,6 +180,19 @@ class WanModel(nn.Module):
         branches: tuple[str, ...],
     ) -> Tensor:
         """`velocity` with the distinct timesteps [B, U] and the row [L] of each token."""
+        tokens, inputs, embedding = self._begin(latents, timesteps, rows, condition, step, branches)
+        return self._end(self.trunk(tokens, inputs, condition, step), inputs, embedding)
+
+    def _begin(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        rows: Tensor | None,
+        condition: Condition,
+        step: Step | None,
+        branches: tuple[str, ...],
+    ) -> Begun:
+        """What enters the trunk, and the embedding of the timesteps for the head."""
         grid = self._grid(latents)
         if condition.channels is not None:
             latents = torch.cat((latents, condition.channels.to(latents.dtype)), 1)
@@ -180,7 +210,7 @@ class WanModel(nn.Module):
             modulation=self._project_time(embedding),
             rows=rows,
             rope=condition.once(f"rope:{grid}", lambda: self.rope_table(grid, head_dim, tokens.device)),
-            frames=condition.once(f"frames:{grid}", lambda: self._frames(grid, tokens.device)),
+            frames=condition.once(f"frames:{grid}", lambda: frame_of_token(grid, tokens.device)),
             context=condition.once(f"text:{expert}", lambda: self.embed_text(condition.context)),
             layout=Layout(grid, math.prod(grid)),
             constant_rows=constant_rows,
@@ -190,9 +220,12 @@ class WanModel(nn.Module):
         )
         for adapter in self._adapters():
             tokens, inputs = adapter.embed(self, tokens, inputs, condition)
-        tokens = tokens.to(self.stream_dtype)
-        tokens = self.trunk(tokens, inputs, condition, step)[:, : math.prod(grid)]
-        return unpatchify(self.head(tokens, embedding, rows), grid, self.patch_size)
+        return tokens.to(self.stream_dtype), inputs, embedding
+
+    def _end(self, tokens: Tensor, inputs: BlockInputs, embedding: Tensor) -> Tensor:
+        length, rows = math.prod(inputs.layout.grid), inputs.rows
+        predicted = self.head(tokens[:, :length], embedding, None if rows is None else rows[:length])
+        return unpatchify(predicted, inputs.layout.grid, self.patch_size)
 
     def plain_trunk(self, tokens: Tensor, inputs: BlockInputs, condition: Condition, step: Step | None) -> Tensor:
         """All blocks, and what adapters add between them; `trunk` is this until it is wrapped."""
@@ -201,7 +234,7 @@ class WanModel(nn.Module):
         if not inputs.given_away:
             tokens = tokens.clone()  # blocks write their input, a trunk never does: caches compare it with the output
         for index, block in enumerate(self.blocks):
-            tokens = self.run_block(block, tokens, inputs)
+            tokens = inputs.run_block(block, tokens, inputs)
             if index in inputs.residuals:
                 tokens = accumulate(tokens, inputs.residuals[index](tokens))
         return tokens
@@ -232,11 +265,6 @@ class WanModel(nn.Module):
                 f"latents of shape {tuple(latents.shape)!r} cannot be cut into patches of {self.patch_size}"
             )
         return sizes[0] // self.patch_size[0], sizes[1] // self.patch_size[1], sizes[2] // self.patch_size[2]
-
-    @staticmethod
-    def _frames(grid: tuple[int, int, int], device: torch.device) -> Tensor:
-        """[L] the latent frame of each token."""
-        return torch.arange(grid[0], device=device)[:, None].expand(-1, grid[1] * grid[2]).reshape(-1)
 
     def _embed_time(self, timesteps: Tensor) -> tuple[Tensor, dict[float, int]]:
         """Float32 embeddings [B, U, D] of the timesteps and of the constants adapters ask for, and their rows."""
@@ -302,7 +330,7 @@ class WanModel(nn.Module):
         for members in groups.values():
             latents = torch.stack([x[index] for index in members])
             texts = [F.pad(context[i], (0, 0, 0, self._text_padding(context[i]))) for i in members]
-            timesteps, rows = self._timesteps(t, members, len(x), latents, seq_len)
+            timesteps, rows = distinct_rows(t.to(latents.device), members, len(x), self._grid(latents), seq_len)
             conditions = condition(members, torch.stack(texts))
             out |= zip(members, self._predict(latents, timesteps, rows, conditions, None, ("cond",)), strict=True)
         return [out[index] for index in range(len(x))]
@@ -311,26 +339,6 @@ class WanModel(nn.Module):
         if text.shape[0] > self.text_len:
             raise BadRequest(f"the text has {text.shape[0]!r} tokens; this model takes at most {self.text_len}")
         return self.text_len - text.shape[0]
-
-    def _timesteps(
-        self, t: Tensor, members: list[int], count: int, latents: Tensor, seq_len: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Distinct timesteps [B, U] of some samples and the row of each token, from upstream's two forms of `t`."""
-        length = math.prod(self._grid(latents))
-        if length > seq_len:
-            raise BadRequest(
-                f"latents of shape {tuple(latents.shape[1:])} make {length} tokens; seq_len is {seq_len!r}"
-            )
-        t = t.to(latents.device)
-        if t.shape[0] not in (1, count) or t.ndim > 2 or (t.ndim == 2 and t.shape[1] < length):
-            raise BadRequest(
-                f"t of shape {tuple(t.shape)!r}: give one timestep a sample, [{count}], or [{count}, {seq_len}]"
-            )
-        t = t.expand(count, *t.shape[1:])[members]
-        if t.ndim == 1:
-            return t[:, None], None
-        distinct, rows = torch.unique(t[:, :length], dim=1, return_inverse=True)
-        return distinct, None if distinct.shape[1] == 1 else rows
 
     def init_weights(self) -> None:
         """Random weights for training, as upstream draws them: the head starts at zero."""

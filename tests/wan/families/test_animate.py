@@ -205,6 +205,15 @@ def test_what_serves_all_steps_or_all_clips_is_computed_once(checkpoint: Path, c
     assert looks == [1], "the picture is looked at once for both clips"
 
 
+@torch.no_grad()
+def test_branches_that_take_turns_at_each_block_make_the_same_video(
+    checkpoint: Path, config: Any, sources: Path
+) -> None:
+    pipe = wan.WanAnimate(config, str(checkpoint), device="cpu")
+    options: dict[str, Any] = {"clip_len": CLIP, "sampling_steps": 1, "seed": 5, "guide_scale": 2.5}
+    assert torch.equal(pipe.generate(sources, **options, lockstep_cfg=True), pipe.generate(sources, **options))
+
+
 class FirstClip:
     """A keeper that has the first clip's latents from an earlier run."""
 

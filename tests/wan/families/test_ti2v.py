@@ -151,6 +151,8 @@ def test_batched_guidance_changes_nothing_but_rounding(pipeline: wan.WanTI2V) ->
     one = pipeline.i2v("a cat", image, 64 * 64, **SMALL)
     two = pipeline.i2v("a cat", image, 64 * 64, use_batched_cfg=True, **SMALL)
     assert one is not None and two is not None and (one - two).abs().max() < 1e-3
+    in_turns = pipeline.i2v("a cat", image, 64 * 64, lockstep_cfg=True, **SMALL)
+    assert in_turns is not None and torch.equal(in_turns, one)
 
 
 def test_sizes_that_cannot_be_made_are_refused(pipeline: wan.WanTI2V) -> None:

@@ -171,6 +171,8 @@ def test_batched_guidance_changes_nothing_but_rounding(pipeline: wan.WanVace, fi
     one = pipeline.generate("a cat", *sources, **SMALL)
     two = pipeline.generate("a cat", *sources, use_batched_cfg=True, **SMALL)
     assert one is not None and two is not None and (one - two).abs().max() < 1e-3
+    in_turns = pipeline.generate("a cat", *sources, lockstep_cfg=True, **SMALL)
+    assert in_turns is not None and torch.equal(in_turns, one)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,15 +12,16 @@ from torch import Tensor
 from wan.engine.accounting import Trunk
 from wan.engine.types import Condition, Denoiser, Step
 
-Key = tuple[tuple[str, ...], tuple[int, ...]]
-"""(branches, window): what a kept residual belongs to."""
+Key = tuple[str, tuple[int, ...]]
+"""(branch, window): what a kept residual belongs to."""
 
 
 @dataclass
 class ReusedResidual:
     """A trunk whose residual, tokens after minus tokens before the blocks, also serves the `skipped` steps after it.
 
-    Embedding and head run in every step. Kept in `dtype`, one residual a branch and window. Source: TeaCache, MagCache.
+    Embedding and head run in every step. Kept in `dtype`, one residual a branch and window, whether branches go
+    together or not. Source: TeaCache, MagCache.
     """
 
     trunk: Trunk
@@ -31,18 +32,26 @@ class ReusedResidual:
     """Index of the last step that ran the blocks for any branch."""
 
     def __call__(self, tokens: Tensor, inputs: Any, condition: Condition, step: Step) -> Tensor:
-        key = inputs.branches, step.window
-        index, residual = self.kept.get(key, (-1, tokens))
+        keys = [(branch, step.window) for branch in inputs.branches]
+        kept = [self.kept.get(key, (-1, tokens)) for key in keys]
         # A branch that was not asked for in the last computed step has only an older residual: it is computed.
-        if step.index in self.skipped and index == self.computed >= 0:
-            return tokens + residual.to(tokens.dtype)
+        if step.index in self.skipped and all(index == self.computed >= 0 for index, _ in kept):
+            return _sum(tokens, [residual for _, residual in kept])
         if step.index != self.computed:
             self.kept.clear()  # of no use from here on, and windows that moved would pile up
         after = self.trunk(tokens, inputs, condition, step)
         if step.index + 1 in self.skipped:
-            self.kept[key] = step.index, (after - tokens).to(self.dtype)
+            residuals = (after - tokens).to(self.dtype).chunk(len(keys))
+            self.kept |= {key: (step.index, residual) for key, residual in zip(keys, residuals, strict=True)}
         self.computed = step.index
         return after
+
+
+def _sum(tokens: Tensor, residuals: Sequence[Tensor]) -> Tensor:
+    """Tokens and the residuals of the branches in their batch, which were kept together or apart."""
+    parts = zip(tokens.chunk(len(residuals)), residuals, strict=True)
+    sums = [part + residual.to(part.dtype) for part, residual in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from wan.engine.optimizations.few_step import FewStep
 from wan.engine.optimizations.fp8 import FP8, T5FP8
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.kernels import Kernels
+from wan.engine.optimizations.lockstep_cfg import LockstepCFG
 from wan.engine.optimizations.lora import LoRA
 from wan.engine.optimizations.numerics import TF32, BF16Reduction, CudnnBenchmark, Deterministic
 from wan.engine.optimizations.offload import Offload
@@ -33,9 +34,10 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FewStep",
-    "FreSca", "GuidanceRescale", "Kernels", "LoRA", "NAG", "Offload", "Precision", "RIFLEx", "ResidualPrecision",
-    "SharedFirstBlock", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32", "TextKeys", "VAECPU",
-    "VAEChannelsLast", "VAEFrames", "VAEMatmulAttention", "VAEPrecision", "VAESubpixel", "VAETiling", "registry",
+    "FreSca", "GuidanceRescale", "Kernels", "LoRA", "LockstepCFG", "NAG", "Offload", "Precision", "RIFLEx",
+    "ResidualPrecision", "SharedFirstBlock", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32",
+    "TextKeys", "VAECPU", "VAEChannelsLast", "VAEFrames", "VAEMatmulAttention", "VAEPrecision", "VAESubpixel",
+    "VAETiling", "registry",
 ]  # fmt: skip
 
 

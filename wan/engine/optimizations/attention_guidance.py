@@ -187,7 +187,7 @@ Attend = Callable[..., Tensor]
 
 @dataclass
 class _Now:
-    """Where the forward that is running stands; told by the trunk."""
+    """Where the forward that is running stands."""
 
     step: Step | None = None
     branches: tuple[str, ...] = field(default=("cond",))
@@ -240,18 +240,23 @@ def frame_attention(q: Tensor, k: Tensor, grid: tuple[int, int, int]) -> Tensor:
 
 @contextmanager
 def _watched(dit: nn.Module, now: _Now) -> Iterator[None]:
-    """The trunk tells `now` what it is working on."""
+    """The trunk tells `now` its step, each block the branches in it: of those in lockstep one at a time."""
     trunk: Any = dit.trunk
+    run_block: Any = dit.run_block
 
     def telling(tokens: Tensor, inputs: Any, condition: Any, step: Step | None) -> Tensor:
-        now.step, now.branches = step, inputs.branches
+        now.step = step
         return trunk(tokens, inputs, condition, step)
 
-    dit.trunk = telling  # type: ignore[assignment]
+    def running(block: nn.Module, tokens: Tensor, inputs: Any) -> Any:
+        now.branches = inputs.branches
+        return run_block(block, tokens, inputs)
+
+    dit.trunk, dit.run_block = telling, running  # type: ignore[assignment]
     try:
         yield
     finally:
-        dit.trunk = trunk
+        dit.trunk, dit.run_block = trunk, run_block
 
 
 @contextmanager

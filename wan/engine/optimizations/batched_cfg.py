@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
-from wan.engine.sampling.denoiser import VelocityModel, velocity
+from wan.engine.sampling.denoiser import Grouped, velocity
 from wan.engine.types import Condition, Denoiser, Segment, Step
 
 if TYPE_CHECKING:
@@ -40,41 +40,14 @@ class BatchedCFG(Optimization):
         engine.wrap_denoiser(batched)
 
 
-_Stacked = dict[tuple[int, ...], tuple[list[Condition], Condition]]
-
-
 def batched(inner: Denoiser, dit: nn.Module, segment: Segment) -> Denoiser:
     """A denoiser that stacks branches of equal shapes and leaves single ones to `inner`."""
-    return _Batched(inner, dit)  # type: ignore[arg-type]
 
+    def together(
+        latents: Tensor, step: Step, branches: Mapping[str, Condition], stacked: Condition
+    ) -> dict[str, Tensor]:
+        names = tuple(branches)
+        parts = velocity(dit, latents, step, stacked, names)  # type: ignore[arg-type]
+        return dict(zip(names, parts.chunk(len(names)), strict=True))
 
-class _Batched:
-    def __init__(self, inner: Denoiser, dit: VelocityModel) -> None:
-        self.inner = inner
-        self.dit = dit
-        self.stacked: _Stacked = {}
-        self.before: _Stacked = {}
-        self.index = -1
-
-    def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
-        if step.index != self.index:
-            self.index, self.before, self.stacked = step.index, self.stacked, {}
-        groups: dict[object, list[str]] = {}
-        for name, condition in branches.items():
-            groups.setdefault((type(condition), condition.shapes()), []).append(name)
-        found: dict[str, Tensor] = {}
-        for names in groups.values():
-            if len(names) == 1:
-                found |= self.inner(latents, step, {names[0]: branches[names[0]]})
-            else:
-                parts = velocity(self.dit, latents, step, self._stack([branches[n] for n in names]), tuple(names))
-                found |= zip(names, parts.chunk(len(names)), strict=True)
-        return {name: found[name] for name in branches}
-
-    def _stack(self, conditions: list[Condition]) -> Condition:
-        """The conditions as one, the same object as in the step before, so that what it memorises is kept."""
-        key = tuple(map(id, conditions))
-        if key not in self.stacked:
-            made = self.before.get(key) or (conditions, type(conditions[0]).cat(conditions))
-            self.stacked[key] = made  # the list in it keeps the ids alive
-        return self.stacked[key][1]
+    return Grouped(inner, together)

@@ -31,9 +31,9 @@ class BlockSwap(Optimization):
 
     The swapped blocks are spread evenly and share prefetch_blocks + 1 slots on the GPU; the rest of the DiT is placed
     as `offload_model` says. The copies hide behind the computing where blocks take longer than their copy: at 720p, not
-    at small sizes, where fewer swapped blocks or `use_batched_cfg` (one visit serves both branches) help. "auto" swaps
-    as few blocks as leave 8 GiB of the memory that was free at the start, less what other networks hold, and none on a
-    CPU. Both experts swap N each.
+    at small sizes, where fewer swapped blocks help, or one visit that serves both guidance branches (`lockstep_cfg`,
+    `use_batched_cfg`). "auto" swaps as few blocks as leave 8 GiB of the memory that was free at the start, less what
+    other networks hold, and none on a CPU. Both experts swap N each.
     """
 
     order = Order.PLACEMENT

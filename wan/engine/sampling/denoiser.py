@@ -1,14 +1,14 @@
-"""The innermost denoiser: asks the model for each branch of a step. Batching and windows replace or wrap it."""
+"""The innermost denoiser: asks the model for each branch of a step, or for several at once. Windows wrap it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from wan.engine.types import Condition, Step
+from wan.engine.types import Condition, Denoiser, Step
 
 
 class VelocityModel(Protocol):
@@ -27,6 +27,44 @@ class Sequential:
 
     def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
         return {name: velocity(self.dit, latents, step, branch, (name,)) for name, branch in branches.items()}
+
+
+Together = Callable[[Tensor, Step, Mapping[str, Condition], Condition], dict[str, Tensor]]
+"""(latents, step, branches whose tensors have equal shapes, the same as one batch) -> the velocity of each."""
+_Stacked = dict[tuple[int, ...], tuple[list[Condition], Condition]]
+
+
+class Grouped:
+    """Branches of equal shapes `together`; single ones are left to `inner`."""
+
+    def __init__(self, inner: Denoiser, together: Together) -> None:
+        self.inner = inner
+        self.together = together
+        self.stacked: _Stacked = {}
+        self.before: _Stacked = {}
+        self.index = -1
+
+    def __call__(self, latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        if step.index != self.index:
+            self.index, self.before, self.stacked = step.index, self.stacked, {}
+        groups: dict[object, dict[str, Condition]] = {}
+        for name, condition in branches.items():
+            groups.setdefault((type(condition), condition.shapes()), {})[name] = condition
+        found: dict[str, Tensor] = {}
+        for group in groups.values():
+            if len(group) == 1:
+                found |= self.inner(latents, step, group)
+            else:
+                found |= self.together(latents, step, group, self._stack(list(group.values())))
+        return {name: found[name] for name in branches}
+
+    def _stack(self, conditions: list[Condition]) -> Condition:
+        """The conditions as one, the same object as in the step before, so that what it memorises is kept."""
+        key = tuple(map(id, conditions))
+        if key not in self.stacked:
+            made = self.before.get(key) or (conditions, type(conditions[0]).cat(conditions))
+            self.stacked[key] = made  # the list in it keeps the ids alive
+        return self.stacked[key][1]
 
 
 def velocity(
