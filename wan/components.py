@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.types import Component
+from wan.engine.weights.adapter import WidenedFile
 from wan.engine.weights.dialects import CLIP, DIT, SPIECE, TEXT_ENCODER, VAE, open_network
+from wan.engine.weights.lora import LoRAFile
 from wan.engine.weights.quantised import QuantisedFile
 from wan.engine.weights.stream import WeightFile, check_fit, dummy_weights, open_weights
 from wan.layouts import CheckpointFiles, Places, experts_of, locate
@@ -93,14 +95,17 @@ class Checkpoint:
         return {part: self._network(part) for part in self.places.paths if part != "tokenizer"}
 
     def _network(self, part: str) -> Network:
-        path, fields = self.places.weights(part), self.places.fields(part)
+        path, fields = self.places.weights(part), dict(self.places.fields(part))
         if part == "text_encoder":
             return Network(part, TEXT_ENCODER, path, build_text_encoder)
         if part == "vae":
             return Network(part, VAE, path, build_vae)
         if part == "clip":
             return Network(part, CLIP, path, build_clip)
-        return Network(part, DIT, path, partial(self._build_dit, fields))
+        loras = [] if self.files is None else self.files.loras_of(part)
+        for name in ("in_dim", "in_channels") if loras else ():
+            fields.pop(name, None)  # what LoRAs widen, shapes tell
+        return Network(part, DIT, path, partial(self._build_dit, fields), tuple(loras))
 
     def _build_dit(self, fields: dict[str, Any], shapes: Shapes) -> nn.Module:
         """A transformer as its config.json, the task and the shapes say, in this order."""
@@ -131,7 +136,7 @@ class Checkpoint:
         model = model_of(network.shapes)
         if model is not None and model.kind != self.kind:
             raise BadCheckpoint(
-                f"{str(network.path)!r} is a transformer for {model.kind}; {self.config['__name__']!r} needs one for "
+                f"{network.told} is a transformer for {model.kind}; {self.config['__name__']!r} needs one for "
                 f"{self.kind}"
             )
 
@@ -169,12 +174,13 @@ _DIFFUSERS_FIELDS = {
 
 @dataclass(frozen=True)
 class Network:
-    """A part, its weight file and the function that makes its module from the file's shapes."""
+    """A part, its weight file, the function that makes its module from shapes, and LoRAs that may widen its layers."""
 
     part: str
     kind: str
     path: Path
     build: Callable[[Shapes], nn.Module]
+    loras: tuple[LoRAFile, ...] = ()
 
     def component(self, dtype: torch.dtype, float32: Callable[[str], bool] = lambda key: False) -> Component:
         return Component(
@@ -187,8 +193,18 @@ class Network:
         return self.open().shapes()
 
     def open(self) -> WeightFile:
-        """The weights under our names, opened anew: what a file holds is not kept."""
+        """The weights under our names, in the shapes they are loaded in. Opened anew: what a file holds is not kept."""
+        return WidenedFile(self.stored(), self.loras) if self.loras else self.stored()
+
+    def stored(self) -> WeightFile:
+        """The weights under our names as the file has them."""
         return open_network(self.path, self.kind)
+
+    @property
+    def told(self) -> str:
+        """The file, and what widens it, in words."""
+        wider = [repr(str(lora.path)) for lora in self.loras if WidenedFile(self.stored(), [lora]).widens]
+        return " with LoRA ".join((repr(str(self.path)), *wider))
 
     def module(self) -> nn.Module:
         """The module on the meta device. Raises BadCheckpoint naming the file where shapes make none."""
@@ -199,10 +215,10 @@ class Network:
 
     def checked(self) -> nn.Module:
         """The module, once the file's keys and shapes are known to be its own."""
-        module, weights = self.module(), self.open()
-        check_fit(module, weights)
-        if isinstance(weights, QuantisedFile):
-            weights.check_scales()
+        module, stored = self.module(), self.stored()
+        check_fit(module, self.open())
+        if isinstance(stored, QuantisedFile):
+            stored.check_scales()
         self.__dict__["_kept"] = module
         return module
 

@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from wan.engine.engine import Engine, Job, build_engine
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import probe
 from wan.engine.monitor import Silent
-from wan.engine.optimizations import registry
+from wan.engine.optimizations import LoRA, registry
 from wan.engine.plan import Plan
 from wan.engine.sampling.recipes import is_distilled
 from wan.engine.sampling.solvers import SOLVERS
@@ -115,7 +115,8 @@ class WanPipeline:
         folder = None if checkpoint_dir is None else Path(checkpoint_dir)
         self.folder, self.load_format = folder, load_format
         # A class may take the checkpoint of another task, which its config tells.
-        checkpoint = Checkpoint(folder, config, files, config.get("model_type", self.kind))
+        chosen = replace(files or CheckpointFiles(), loras=tuple(plan.get(LoRA).named))
+        checkpoint = Checkpoint(folder, config, chosen, config.get("model_type", self.kind))
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":
             _check_weights(checkpoint, plan)
@@ -288,7 +289,7 @@ def _tell_8_bits(checkpoint: Checkpoint) -> None:
     """Say which files hold weights in 8 bits, and how; it is seen in them, no flag says it."""
     for part in checkpoint.places.experts + ("text_encoder",):
         network = checkpoint.network(part)
-        weights, flag = network.open(), "--t5_fp8" if part == "text_encoder" else "--fp8"
+        weights, flag = network.stored(), "--t5_fp8" if part == "text_encoder" else "--fp8"
         if isinstance(weights, QuantisedFile) and (told := weights.told()):
             logging.getLogger(__name__).info(
                 "%s: %s has %s; %s keeps those of blocks so, others are widened while they are read",

@@ -227,6 +227,3 @@ def test_a_file_of_another_model_is_refused_also_for_one_video(
     pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora_mode="onthefly")
     with pytest.raises(BadCheckpoint, match=r"'blocks.7.ffn.0', which this transformer lacks"):
         video(pipe, lora=str(tmp_path / "x.safetensors"))
-    save_file({"patch_embedding.diff": torch.zeros(D, 36, 1, 2, 2)}, str(tmp_path / "wide.safetensors"))
-    with pytest.raises(BadCheckpoint, match=r"'patch_embedding.weight' 36 input channels, this model has 16"):
-        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=str(tmp_path / "wide.safetensors"))

@@ -126,7 +126,7 @@ def check_folder(folder: Path | None, task: str, configs: dict[str, Any], files:
         return
     for held in held_tasks(folder, configs, files):
         if held.name != task and held.name in configs and not missing_files(folder, held.name, configs, files):
-            raise _other(folder, held.name, task)
+            raise _other(folder, held.name, task, configs, files)
     said = "the files named" if folder is None else f"--ckpt_dir {str(folder)!r}"
     verb = "lack" if folder is None else "lacks"
     raise BadCheckpoint(f"{said} {verb} what {task} needs: {', '.join(lacking)}. {_get(task)}")
@@ -155,12 +155,17 @@ def check_kind(
     """Raise BadCheckpoint when `source`, a folder or repository with its files in `folder`, is for other tasks."""
     held = held_tasks(folder, configs, files)
     if held and not any(each.serves(task) for each in held):
-        raise _other(source, held[0].name, task)
+        raise _other(source, held[0].name, task, configs, files)
 
 
-def _other(source: str | Path | None, held: str, task: str) -> BadCheckpoint:
+def _other(
+    source: str | Path | None, held: str, task: str, configs: dict[str, Any], files: CheckpointFiles | None
+) -> BadCheckpoint:
     said = "--dit" if source is None else f"--ckpt_dir {str(source)!r}"
-    return BadCheckpoint(f"{said} holds {held}, not {task}: pass --task {held} or another checkpoint")
+    widening = [] if files is None else files.widening()
+    said += "".join(f" with --{flag} {str(path)!r}" for flag, path in widening)
+    cure = f"pass --task {held} or another checkpoint" if held in configs else "pass another checkpoint"
+    return BadCheckpoint(f"{said} holds {held}, not {task}: {cure}{' or LoRA' if widening else ''}")
 
 
 def missing_files(

@@ -33,7 +33,7 @@ def build(job: Job, terminal: Terminal) -> Any:
         "optimizations": (job.plan, _beyond_upstream(job)),
         "device": (job.device, job.device is not None),
         "load_format": (wanted.load_format, wanted.load_format != "auto"),
-        "files": (wanted.files, wanted.files is not None),
+        "files": (wanted.files, bool(wanted.files)),
         "progress": (terminal, False),
         "embeddings": (job.embeddings, False),
     }

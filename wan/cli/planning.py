@@ -24,10 +24,10 @@ from wan.cli.generate import Job, Shared, examine, machine, names_file, recorded
 from wan.cli.naming import Claims, run_folder
 from wan.cli.prompts import Entry, read_entries
 from wan.cli.recall import SOURCES, recall, refuse_to_replace
-from wan.cli.replay import LORAS
 from wan.cli.request import fetch, find_source
 from wan.cli.results import DONE, Results, default_path
 from wan.engine.errors import BadRequest, WanError
+from wan.engine.given_loras import LORA_FLAGS
 from wan.runs import holds_work, read_record
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _first_seed(args: argparse.Namespace, results: Results) -> tuple[int, bool]:
 
 def keep_beside(entries: Sequence[Entry]) -> None:
     """Keep LoRAs beside the weights, which are loaded once, where jobs have different ones and nothing else is said."""
-    chosen = {tuple(getattr(entry.args, name) or () for name in LORAS) for entry in entries}
+    chosen = {tuple(getattr(entry.args, name) or () for name in LORA_FLAGS) for entry in entries}
     for entry in entries:
         if len(chosen) > 1 and entry.args.lora_mode in (None, "auto"):
             entry.args.lora_mode = "onthefly"

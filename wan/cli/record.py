@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import fields
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -176,8 +175,7 @@ def _flags(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     if args.ckpt_dir is not None:
         flags["ckpt_dir"] = wanted.repository.name if wanted.repository is not None else _absolute(args.ckpt_dir)
     if wanted.files is not None:
-        given = {each.name: getattr(wanted.files, each.name) for each in fields(wanted.files)}
-        flags |= {name: _absolute(file) for name, file in given.items() if file is not None}
+        flags |= {name: _absolute(file) for name, file in wanted.files.named().items()}
     if wanted.inputs is not None:
         flags |= wanted.inputs.flags
     # What an option brought is brought again, from where it then lies.

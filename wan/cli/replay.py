@@ -18,6 +18,7 @@ from wan.cli.args import FLAGS, INPUT, Flag, guidance
 from wan.cli.presets import chosen_here
 from wan.conditioning.geometry import frames_for, parse_size
 from wan.engine.errors import BadRequest
+from wan.engine.given_loras import LORA_FLAGS
 from wan.engine.hardware import world
 from wan.engine.optimizations import LoRA, registry
 from wan.engine.options import Option, check_value, options_of, spelled
@@ -34,7 +35,6 @@ FILES = ("ckpt_dir", "dit", "dit_low", "t5", "vae", "clip", "tokenizer")
 
 _PATHS = (*FILES, *(flag.name for flag in FLAGS if flag.is_file))
 
-LORAS = ("lora", "lora_high", "lora_low")
 
 OTHERS = ("any_size", "load_format", "fps", "crf")
 
@@ -245,7 +245,7 @@ def _same(name: str, a: Any, b: Any) -> bool:
         return parse_size(a) == parse_size(b)
     if name == "sample_guide_scale":
         return _pair(a) == _pair(b)
-    if name in LORAS:
+    if name in LORA_FLAGS:
         first, second = (LoRA(lora=tuple(each)).absolute()["lora"] for each in (a, b))
         return first == second
     if name in _PATHS:

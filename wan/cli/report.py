@@ -197,6 +197,6 @@ def _source(wanted: Wanted) -> str:
     if wanted.load_format == "dummy":
         return "random weights (--load_format dummy)"
     place = wanted.repository.name if wanted.repository is not None else str(wanted.checkpoint or "")
-    given = vars(wanted.files).items() if wanted.files is not None else ()
-    files = ", ".join(f"--{name} {path}" for name, path in given if path is not None)
+    given = {} if wanted.files is None else wanted.files.named()
+    files = ", ".join(f"--{name} {path}" for name, path in given.items())
     return " with ".join(filter(None, (place, files)))

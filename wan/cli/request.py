@@ -19,6 +19,7 @@ from wan.cli.checkpoint import DEMO, SHIPPED, check_folder, check_kind, detect_t
 from wan.cli.inputs import Asked, Inputs, read_inputs
 from wan.conditioning.geometry import check_frames, check_video, frames_for, multiples, nearest_size, parse_size
 from wan.engine.errors import BadRequest
+from wan.engine.given_loras import LORA_FLAGS, parsed
 from wan.layouts import CheckpointFiles
 
 DEFAULT_TASK = "t2v-A14B"
@@ -305,10 +306,11 @@ def _checkpoint(
 
 def _files(args: argparse.Namespace) -> CheckpointFiles | None:
     """The files named one by one; None where there are none. Raises BadRequest beside --load_format dummy."""
-    files = CheckpointFiles(**{each.name: getattr(args, each.name) for each in fields(CheckpointFiles)})
-    if not files:
-        return None
+    parts = (each.name for each in fields(CheckpointFiles) if each.name != "loras")
+    given = {name: getattr(args, name) for name in parts if getattr(args, name) is not None}
     if args.load_format == "dummy":
-        given = next(f"--{each.name}" for each in fields(files) if getattr(files, each.name) is not None)
-        raise BadRequest(f"{given} and --load_format dummy contradict each other: leave one of them out")
-    return files
+        for name in given:
+            raise BadRequest(f"--{name} and --load_format dummy contradict each other: leave one of them out")
+        return None
+    loras = tuple((name, parsed(text, f"--{name}").path) for name in LORA_FLAGS for text in getattr(args, name) or ())
+    return CheckpointFiles(**given, loras=loras) if given or loras else None

@@ -11,6 +11,8 @@ from wan.engine.errors import BadRequest
 from wan.engine.sampling.schedule import span
 from wan.engine.types import Step
 
+LORA_FLAGS = ("lora", "lora_high", "lora_low")
+"""The options that name LoRAs: for all experts, or for one."""
 _SPELLED = re.compile(r"(?P<path>.+):(?P<strength>[^:@/\\]+)(?:@(?P<span>[^:@/\\]+))?")
 
 

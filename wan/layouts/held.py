@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wan.engine.errors import BadCheckpoint
+from wan.engine.weights.adapter import WidenedFile
 from wan.engine.weights.dialects import DIT, identify
+from wan.engine.weights.lora import LoRAFile
 from wan.engine.weights.stream import find_weights, open_weights
 from wan.layouts import comfyui, diffusers
 from wan.layouts.models import Model, model_of
@@ -26,17 +28,19 @@ class Held:
 
 def held(folder: Path | None, files: CheckpointFiles | None = None) -> list[Held]:
     """The models of a checkpoint: at most one, but for a ComfyUI folder. Unreadable files are left for the check."""
-    files = files or CheckpointFiles()
+    files = CheckpointFiles() if files is None else files
     transformers = _transformers(folder)
     root = comfyui.root_of(folder) if folder is not None else None
     if files.dit is not None:
         path = Path(files.dit).expanduser()
         two = files.dit_low is not None or len(transformers) > 1 or comfyui.Candidate(path=path).expert != "dit"
-        model = _by_weights(path) or _by_config(path)
+        model = _by_weights(path, files.loras_of("high" if two else "dit")) or _by_config(path)
         return [Held(model=model, experts=1 + two, told_by=path)] if model else []
     if root is not None:
         return list(dict.fromkeys(_in_comfyui(root)))
-    found = [(path, model) for path in transformers if (model := _by_weights(path) or _by_config(path)) is not None]
+    loras = files.loras_of("high" if len(transformers) > 1 else "dit")
+    models = ((path, _by_weights(path, loras) or _by_config(path)) for path in transformers)
+    found = [(path, model) for path, model in models if model is not None]
     return [Held(model=found[0][1], experts=len(transformers), told_by=found[0][0])] if found else []
 
 
@@ -62,13 +66,15 @@ def _in_comfyui(root: Path) -> Iterator[Held]:
             yield Held(model=model, experts=experts, told_by=candidate.path)
 
 
-def _by_weights(path: Path) -> Model | None:
+def _by_weights(path: Path, loras: Sequence[LoRAFile]) -> Model | None:
     try:
         weights = open_weights(find_weights(path, stem_of(path)) if path.is_dir() else path)
     except BadCheckpoint:
         return None
     named = identify(weights.shapes())
-    return model_of(weights.renamed(named[1]).shapes()) if named is not None and named[0] == DIT else None
+    if named is None or named[0] != DIT:
+        return None
+    return model_of(WidenedFile(weights.renamed(named[1]), loras).shapes())
 
 
 def _by_config(folder: Path) -> Model | None:

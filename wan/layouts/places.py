@@ -11,6 +11,7 @@ from typing import Any
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.adapter import STEM as ADAPTER
 from wan.engine.weights.files import check_content
+from wan.engine.weights.lora import LoRAFile, open_lora
 from wan.engine.weights.stream import find_weights
 
 EXPERTS = ("dit", "high", "low")
@@ -45,6 +46,8 @@ class CheckpointFiles:
     t5: str | Path | None = None
     tokenizer: str | Path | None = None
     clip: str | Path | None = None
+    loras: tuple[tuple[str, Path], ...] = ()
+    """LoRAs and the flags that name them: what they widen makes another model of a transformer."""
 
     def by_part(self, experts: tuple[str, ...], parts: tuple[str, ...]) -> dict[str, Path]:
         """What was given, by the names of the parts. Raises BadCheckpoint for a file this task has no use for."""
@@ -62,8 +65,22 @@ class CheckpointFiles:
                 raise BadCheckpoint(f"--{name} {str(value)!r} does not exist")
         return given
 
+    def named(self) -> dict[str, str | Path]:
+        """What was given in place of what the folder holds, by flag."""
+        given = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "loras"}
+        return {name: path for name, path in given.items() if path is not None}
+
+    def widening(self) -> list[tuple[str, Path]]:
+        """The LoRAs that may widen a transformer, each with its flag."""
+        return [(flag, path) for flag, path in self.loras if open_lora(path).may_widen]
+
+    def loras_of(self, expert: str) -> list[LoRAFile]:
+        """The LoRAs that may widen one expert. Raises BadCheckpoint for a file that cannot be read."""
+        flags = ("lora", f"lora_{expert}")
+        return [open_lora(path).for_expert(expert) for flag, path in self.widening() if flag in flags]
+
     def __bool__(self) -> bool:
-        return any(getattr(self, each.name) is not None for each in fields(self))
+        return bool(self.named())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ def check_upstream(folder: Path, wanted: Wanted) -> None:
     if not (folder / "wan" / "__init__.py").is_file():
         raise BadRequest(f"--upstream {str(folder)!r} has no wan/__init__.py: name the folder of the clone")
     inputs = wanted.inputs
-    if wanted.checkpoint is None or wanted.files is not None:
+    if wanted.checkpoint is None or wanted.files:
         raise IncompatibleOptions("--upstream reads a checkpoint folder in the original layout: give --ckpt_dir alone")
     if wanted.solver == "euler" or (inputs is not None and (inputs.prepare or inputs.beyond or inputs.construct)):
         what = "--sample_solver euler" if wanted.solver == "euler" else "an input flag"

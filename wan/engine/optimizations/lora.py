@@ -18,8 +18,8 @@ from wan.engine.accounting import Trunk
 from wan.engine.adapting import Adapted, Counts
 from wan.engine.beside import beside_of
 from wan.engine.engine import on_meta
-from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
-from wan.engine.given_loras import Given, parsed
+from wan.engine.errors import BadRequest, IncompatibleOptions
+from wan.engine.given_loras import LORA_FLAGS, Given, parsed
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.placement import Policy
@@ -90,7 +90,6 @@ class LoRA(Optimization):
             raise BadRequest(f"{flag}: this model has one expert; use --lora")
         for lora, given in self._files(name):
             lora.check(shapes)
-            _refuse_widening(lora, shapes)
             logging.getLogger(__name__).info(
                 "LoRA %s -> %s: %s, strength %g", given.path.name, name, lora.counts(), given.strength
             )
@@ -128,9 +127,14 @@ class LoRA(Optimization):
             engine.during_run(lambda: _told(spent, engine))
 
     @property
+    def named(self) -> list[tuple[str, Path]]:
+        """The flag that names each file, and where it is."""
+        return [(name, given.path) for name in LORA_FLAGS for given in self._given(name)]
+
+    @property
     def paths(self) -> list[Path]:
         """Where the files are."""
-        return [given.path for given in self._all()]
+        return [path for _, path in self.named]
 
     def absolute(self) -> dict[str, list[str]]:
         """The options that name files, spelled so that they mean the same in any folder."""
@@ -149,7 +153,7 @@ class LoRA(Optimization):
         return [parsed(text, f"--{option_name}") for text in getattr(self, option_name)]
 
     def _all(self) -> list[Given]:
-        return [given for name in ("lora", "lora_high", "lora_low") for given in self._given(name)]
+        return [given for name in LORA_FLAGS for given in self._given(name)]
 
     def _tell_merged(self, name: str, tensors: int, seconds: float) -> None:
         if self.lora_timing:
@@ -242,13 +246,3 @@ def _told(spent: Mapping[str, list[float]], engine: Engine) -> Iterator[None]:
         found = f"{counts.hits}/{calls}" if calls else "-"
         tell("LoRA timing: %-6s %8.2f %8d %16s %11.1f %6d %7.3f", name, counts.read_seconds, counts.tensors_read,
              found, counts.copied_bytes / 2**20, len(steps), sum(steps) / len(steps))  # fmt: skip
-
-
-def _refuse_widening(lora: LoRAFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise BadCheckpoint where a model would take more channels than its family gives it."""
-    for key, shape in shapes.items():
-        if (wider := lora.shape(key, shape)) != shape:
-            raise BadCheckpoint(
-                f"LoRA {str(lora.path)!r} gives {key!r} {wider[1]} input channels, this model has {shape[1]}: that is "
-                "another model; use it as a checkpoint, a folder with adapter_config.json (docs/checkpoints.md)"
-            )

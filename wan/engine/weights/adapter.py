@@ -7,7 +7,7 @@ patch embedding of an image model made from a text model: a few megabytes in pla
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.weights.files import check_content
-from wan.engine.weights.lora import read_lora
+from wan.engine.weights.lora import LoRAFile, read_lora, widened
 from wan.engine.weights.stream import WeightFile, find_weights, open_weights
 
-__all__ = ["STEM", "AdaptedFile", "base_of", "open_adapted"]
+__all__ = ["STEM", "AdaptedFile", "WidenedFile", "base_of", "open_adapted"]
 
 STEM = "adapter_model"
 CONFIG = "adapter_config.json"
@@ -33,7 +33,7 @@ class AdaptedFile(WeightFile):
         super().__init__(adapter.path, {}, base.dialect)
         self._base, self._adapter, self._strength = base, adapter, strength
         self._lora, self._whole = read_lora(adapter)
-        self._lora.check(base.shapes())
+        self._lora.check(base.shapes(), widening=True)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         stored = self._adapter.shapes()
@@ -53,6 +53,33 @@ class AdaptedFile(WeightFile):
             yield ours[stored], tensor
         for key, tensor in self._base.stream(key for key in wanted if key not in self._whole):
             yield key, self._lora.added(key, tensor, self._strength)
+
+
+class WidenedFile(WeightFile):
+    """The tensors of `base`, with zeros for the input channels that `loras` give its layers, yet to be merged."""
+
+    def __init__(self, base: WeightFile, loras: Sequence[LoRAFile]) -> None:
+        super().__init__(base.path, {}, base.dialect)
+        self._base, self._loras = base, loras
+
+    @property
+    def widens(self) -> bool:
+        """Whether any layer gets more input channels."""
+        return self.shapes() != self._base.shapes()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._base.shapes()
+        for lora in self._loras:
+            shapes = {key: lora.shape(key, shape) for key, shape in shapes.items()}
+        return shapes
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return self._base.dtypes()
+
+    def stream(self, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        shapes = self.shapes()
+        for key, tensor in self._base.stream(keys):
+            yield key, widened(tensor, shapes[key])
 
 
 def base_of(path: Path) -> Path | None:

@@ -28,6 +28,7 @@ __all__ = ["Delta", "LoRAFile", "merged", "open_lora", "read_lora"]
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's configuration, as JSON, in a file whose keys carry no alpha."""
 _PEFT = ("lora_alpha", "alpha_pattern", "use_rslora")
+_INPUT = "patch_embedding"
 _EXPERTS = {FIRST: "high", SECOND: "low"}
 
 
@@ -114,14 +115,27 @@ class LoRAFile:
         kept = {expert: each for expert, each in self._by_expert.items() if _EXPERTS.get(expert, name) == name}
         return LoRAFile(self._weights, kept, self._alpha, self.without_effect)
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise BadCheckpoint naming what a model of these shapes lacks or has in another size."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], *, widening: bool = False) -> None:
+        """Raise BadCheckpoint naming what a model of these shapes lacks or has in another size.
+
+        With `widening` a layer may get more input channels; without, the model must have them already.
+        """
         known = {target_of(key): key for key in shapes}
         lacking = [change.layer for target, change in self._changes.items() if target not in known]
         if lacking:
             raise self.lacking(lacking)
         for target in self._changes:
-            self.shape(known[target], shapes[known[target]])
+            key = known[target]
+            if (wider := self.shape(key, shapes[key])) != shapes[key] and not widening:
+                raise BadCheckpoint(
+                    f"LoRA {str(self.path)!r} gives {key!r} {wider[1]} input channels, this model was loaded with "
+                    f"{shapes[key][1]}: that is another model; pass it where the model is loaded"
+                )
+
+    @property
+    def may_widen(self) -> bool:
+        """Whether it changes a layer that may get more input channels."""
+        return any(target.layer == flat(_INPUT) for target in self._changes)
 
     def lacking(self, layers: Sequence[str]) -> BadCheckpoint:
         """What to raise where the model has no such layers."""
