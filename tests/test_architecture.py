@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.engine.sampling": ("wan.engine.types", "wan.engine.errors"),
     "wan.engine.caching": ("wan.engine.types", "wan.engine.errors", "wan.engine.accounting"),
     "wan.engine.plan": ("wan.engine.options", "wan.engine.hardware", "wan.engine.errors"),
+    "wan.engine.compiling": ("wan.engine.plan", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.roofline": (),
     "wan.engine.prediction": ("wan.engine.activations", "wan.engine.roofline"),
     "wan.engine.budget": ("wan.engine.prediction", "wan.engine.roofline", "wan.engine.errors"),

@@ -22,6 +22,7 @@ from wan.components import dummy_components
 from wan.conditioning.geometry import parse_size
 from wan.configs import SUPPORTED_SIZES, WAN_CONFIGS
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes
+from wan.engine.compiling import Compiled
 from wan.engine.errors import BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import Compile, registry
@@ -256,7 +257,7 @@ def test_cuda_graphs_are_a_mode_of_the_compiler_and_of_a_preset_only_they_give_w
     assert Compile(compile=True, cuda_graphs=False).mode == "default"
     args = parse(["--preset", "l4", "--compile_mode", "reduce-overhead", "--no-compile_dynamic"], options(registry()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Compile, "backend", "eager")  # no compiler is needed to say so
+        patch.setattr(Compiled, "backend", "eager")  # no compiler is needed to say so
         plan, preset = presets.plan_and_preset(args, registry(), here, "none")
     assert preset is not None and [line for line in preset.lines() if "cuda_graphs" in line]
     assert plan.values()["compile"] and plan.values()["compile_mode"] == "reduce-overhead"

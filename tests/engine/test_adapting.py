@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import wan
 from wan.engine.adapting import Adapted, LowRank
+from wan.engine.compiling import Compiled
 from wan.engine.errors import BadCheckpoint, IncompatibleOptions
 from wan.engine.ops.float8 import Coded, Float8Linear, quantize_weight
-from wan.engine.optimizations import Compile
 from wan.engine.weights.lora import merged, open_lora
 
 SIZE: dict[str, Any] = {"sampling_steps": 2, "seed": 1, "offload_model": None, "guide_scale": 4.0}
@@ -84,7 +84,7 @@ def test_every_mode_makes_the_video_that_merging_makes(
     """Two LoRAs for both experts and one more for the low one, in float32 and bfloat16; the tolerance is that of
     another order of summation, over two steps with guidance 4. Over 8 bits it is that of e4m3's three binary digits:
     `merge` rounds the sum once, `stream` the weight and then the sum, `onthefly` the weight alone."""
-    monkeypatch.setattr(Compile, "backend", "eager")
+    monkeypatch.setattr(Compiled, "backend", "eager")
     a, b = files
     chosen = {"lora": (a, f"{b}:-0.5"), "lora_low": (f"{b}:0.25",), **options}
     pipes = {

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 import wan
+from wan.engine.compiling import Compiled
 from wan.engine.errors import MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
 from wan.engine.ops.attention import BACKENDS, sdpa
-from wan.engine.optimizations import Compile, registry
+from wan.engine.optimizations import registry
 from wan.engine.optimizations.batched_cfg import batched
 from wan.engine.options import Option, options_of
 from wan.engine.placement import Policy
@@ -43,6 +44,7 @@ UPSTREAM: Settings = {
     "offload_model": None, "t5_cpu": False, "vae_cpu": False,
     "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "vae_channels_last": False, "vae_subpixel": False, "vae_matmul_attention": False, "vae_frames_per_call": 0,
+    "vae_compile": False,
     "cache": "off", "cache_threshold": None, "cache_max_skips": None, "cache_retain": None, "cache_signal": "e",
     "cache_table": None, "cfg_interval": None, "cfg_zero_star": False, "cfg_zero_init": 0, "fresca": False,
     "fresca_low": 1.0, "fresca_high": 1.25, "fresca_cutoff": 20, "apg": False, "apg_momentum": -0.75,
@@ -99,7 +101,7 @@ IDS = [" ".join(f"{name}={value}" for name, value in chosen.items()) for _, chos
 @pytest.fixture(autouse=True)
 def untouched_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile without a C++ compiler's half minute; what options change for the whole process is put back by them."""
-    monkeypatch.setattr(Compile, "backend", "eager")
+    monkeypatch.setattr(Compiled, "backend", "eager")
     before = process()
     yield
     assert process() == before
@@ -432,7 +434,7 @@ def test_seconds_of_compiling_are_told_with_their_origin(
         return graph.forward
 
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
-        patch.setattr(Compile, "backend", staticmethod(looks_up))
+        patch.setattr(Compiled, "backend", staticmethod(looks_up))
         pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", compile=True)
         pipe.generate("a red bird", (32, 32), 1, sampling_steps=1, guide_scale=1.0, seed=1, offload_model=None)
     (told,) = (line for line in caplog.messages if line.startswith("compile: "))
@@ -441,7 +443,7 @@ def test_seconds_of_compiling_are_told_with_their_origin(
 
 
 def test_compile_refuses_machines_it_cannot_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Compile, "backend", "inductor")
+    monkeypatch.setattr(Compiled, "backend", "inductor")
     old = Hardware(device=torch.device("cuda", 0), name="GTX 1080", sm=(6, 1), total_memory=1, free_memory=1)
     with pytest.raises(UnsupportedHardware, match="--compile needs sm_70.*GTX 1080.*--no-compile"):
         Plan.of(registry(), {"compile": True}).check(old)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 import wan
+from wan.engine.compiling import Compiled
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.hardware import Hardware
-from wan.engine.optimizations import Compile, registry
+from wan.engine.optimizations import registry
 from wan.engine.options import options_of
 from wan.engine.plan import Optimization, Plan, switch_flag
 
@@ -88,7 +89,7 @@ def _named(pair: frozenset[Kind]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Compile, "backend", "eager")
+    monkeypatch.setattr(Compiled, "backend", "eager")
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wan.engine.compiling import Compiled, room_for_forms
 from wan.engine.engine import Engine
-from wan.engine.optimizations import VAEChannelsLast, VAEMatmulAttention, VAESubpixel
+from wan.engine.optimizations import VAEChannelsLast, VAECompile, VAEMatmulAttention, VAESubpixel
 from wan.engine.plan import Optimization
 from wan.engine.types import Tiling
 from wan.modules.vae import Decoder3d, Encoder3d, WanVAEModel, load_vae
@@ -169,3 +170,39 @@ def test_frames_are_never_laid_out_as_if_they_were_one_image(name: str) -> None:
     formats = moved(fast, lambda vae: (vae.decode(z), vae.encode(video))).formats
     assert torch.channels_last_3d in formats
     assert torch.channels_last not in formats
+
+
+# Compiled ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options"), [("2.1", ()), ("2.2", ALL)], ids=["2.1", "2.2 with every other option"])
+def test_compiled_without_a_break_twice_a_stage_it_is_the_same(
+    name: str, options: tuple[Optimization, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the first chunk of a stream and once for all that follow; another video compiles nothing."""
+    monkeypatch.setattr(Compiled, "backend", "eager")
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    plain = tiny(name, dim_mult=(2, 2), temporal_down=(True,))
+    compiled = other(plain, *options, VAECompile(vae_compile=True))
+    graphs = 2 * len(compiled.stages()) - 1  # the encoder's attention has no past
+    with torch.inference_mode(), room_for_forms(64):
+        z, video = torch.randn(1, plain.z_dim, 4, 4, 2), torch.rand(1, 3, 7, *(2 * plain.stride[1],) * 2) * 2 - 1
+        decoded, encoded = compiled.decode(z), compiled.encode(video)
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert relative_error(decoded, plain.decode(z)) < FLOAT32
+        assert relative_error(encoded, plain.encode(video)) < FLOAT32
+        compiled.decode(-z)
+        compiled.encode(-video)
+        assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+@BOTH
+@pytest.mark.slow
+def test_compiled_however_a_video_is_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Compiled, "backend", "aot_eager")
+    model = tiny(name)
+    with room_for_forms(1024):
+        for way, (plain, *compiled) in compared(model, *(other(model, *o, VAECompile()) for o in ((), ALL))):
+            assert all(relative_error(each, plain) < FLOAT32 for each in compiled), way

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wan.engine.compiling import room_for_forms
 from wan.engine.engine import Engine
-from wan.engine.optimizations import VAEChannelsLast, VAEMatmulAttention, VAESubpixel
+from wan.engine.optimizations import VAEChannelsLast, VAECompile, VAEMatmulAttention, VAESubpixel
 from wan.modules.vae import WanVAEModel
 from wan.modules.vae_config import VAE_2_1, VAE_2_2, VAEConfig
 
@@ -46,11 +47,16 @@ def test_bfloat16_the_other_way_is_as_near_to_float32_and_faster(config: VAEConf
     for layer in plain.modules():
         if isinstance(layer, nn.Conv2d | nn.Conv3d):
             layer.bfloat16()
-    other = deepcopy(plain)
-    for way in WAYS:
-        way.finish(other, "vae", cast("Engine", None))
+    other, compiled = deepcopy(plain), deepcopy(plain)
+    for model, ways in ((other, WAYS), (compiled, (*WAYS, VAECompile(vae_compile=True)))):
+        for way in ways:
+            way.finish(model, "vae", cast("Engine", None))
     latents = torch.randn(1, config.z_dim, 5, 30, 52, device=CUDA)
     reference, _ = decoded(exact, latents, 1)
     (rounded, before), (fast, after) = decoded(plain, latents, 1), decoded(other, latents, 2)
     assert (fast - reference).norm() < 1.3 * (rounded - reference).norm()
     assert after < before
+    with room_for_forms(64):
+        made, seconds = decoded(compiled, latents, 2)
+    assert (made - reference).norm() < 1.3 * (rounded - reference).norm()
+    assert seconds < after

@@ -41,8 +41,8 @@ OTHERS = ("any_size", "load_format", "fps", "crf")
 # How the VAE works may change, also in a resumed run: finished latents are safe, and memory or float16's range may be
 # what ran out.
 _VAE = (
-    "vae_dtype", "vae_channels_last", "vae_subpixel", "vae_matmul_attention", "vae_frames_per_call",
-    "vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_tile_park",
+    "vae_dtype", "vae_channels_last", "vae_subpixel", "vae_matmul_attention", "vae_compile",
+    "vae_frames_per_call", "vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_tile_park",
 )  # fmt: skip
 
 # Changes the file, not the frames in it.

@@ -101,6 +101,11 @@ class WanVAEModel(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder3d(config)
 
+    def stages(self) -> list[nn.Module]:
+        """Between them all layers but pointwise convolutions; however a video is cut, each is called as a whole."""
+        e, d = self.encoder, self.decoder
+        return [e.conv1, *e.downsamples, *e.middle, e.head, d.conv1, d.middle, d.upsamples, d.head]
+
     @property
     def z_dim(self) -> int:
         """Latent channels."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.video import Behind, attend_places, behind, convolve, convolve_add, rms_norm
+from wan.engine.ops.video import Behind, attend_places, behind, convolve, convolve_add, frames_like, rms_norm
 
 
 class FrameCache(dict[nn.Module, Tensor]):
@@ -61,8 +61,11 @@ def with_past(x: Tensor, past: Tensor | None, frames: int) -> Tensor:
 
 
 def last_frames(x: Tensor, frames: int) -> Tensor:
-    """A copy of the last frames, so that the cache does not keep the whole chunk alive."""
-    return x[:, :, -frames:].clone()
+    """A copy of the last frames, so that the cache does not keep the whole chunk alive.
+
+    Laid out alike whatever chunk they are from: what a compiler makes of one chunk then serves all.
+    """
+    return frames_like(x, frames).copy_(x[:, :, -frames:])
 
 
 class CausalConv3d(Causal, nn.Conv3d):

@@ -18,7 +18,7 @@ from wan.engine.ops.rows import runs
 
 __all__ = [
     "Behind", "attend_by_products", "attend_places", "behind", "convolve", "convolve_add", "doubling_weight",
-    "enlarge_at_once", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "written_behind",
+    "enlarge_at_once", "frames_like", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "written_behind",
 ]  # fmt: skip
 
 Behind = Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
@@ -65,7 +65,8 @@ def _convolved(
 ) -> Tensor:
     # PyTorch keeps float32 with batch 1 and a small input away from oneDNN (aten/native/Convolution.cpp,
     # `use_mkldnn`); the fallback is 3 to 8 times slower and all that a short clip on the CPU would use.
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if small and torch.backends.mkldnn.is_available():
         return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 
@@ -87,15 +88,22 @@ def behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any, other: Tensor | Non
     return cast("Tensor", layer(norm_silu(x, gamma), cache, other))
 
 
+def frames_like(x: Tensor, frames: int) -> Tensor:
+    """So many frames of x's kind, not filled, with the channels last where x has them last."""
+    layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
+    size = *x.shape[:2], frames, *x.shape[3:]
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
 def written_behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any, other: Tensor | None) -> Tensor:
     """`behind`, where the norm writes into the tensor that the convolution reads, behind the frames of the past.
 
-    Nothing is copied but those; `behind` copies what the norm made, too.
+    Nothing is copied but those; `behind` copies what the norm made, too, unless it is compiled: compilers write what
+    is concatenated where it goes, and take no tensor to write into.
     """
-    past, (batch, channels, frames, *place) = None if cache is None else cache.get(layer), x.shape
-    layout = torch.channels_last_3d if x.stride(1) == 1 else torch.contiguous_format
-    size = batch, channels, layer.context + frames, *place
-    joined = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    if torch.compiler.is_compiling():
+        return behind(layer, gamma, x, cache, other)
+    past, joined = None if cache is None else cache.get(layer), frames_like(x, layer.context + x.shape[2])
     first = joined[:, :, : layer.context]
     first.zero_() if past is None else first.copy_(past)
     norm_silu(x, gamma, out=joined[:, :, layer.context :])
@@ -154,5 +162,5 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for at in runs(q.shape[1], rows):
             unused = q.new_empty(())
             scores = torch.addmm(unused, q[frame, at], keys.t(), beta=0, alpha=q.shape[-1] ** -0.5)
-            torch.mm(scores.softmax(dim=-1), v[frame], out=out[frame, at])
+            out[frame, at] = scores.softmax(dim=-1) @ v[frame]
     return out

@@ -24,6 +24,7 @@ from wan.engine.optimizations.step_cache import StepCache
 from wan.engine.optimizations.stream_t5 import StreamT5
 from wan.engine.optimizations.t5_cpu import T5CPU
 from wan.engine.optimizations.text_keys import TextKeys
+from wan.engine.optimizations.vae_compile import VAECompile
 from wan.engine.optimizations.vae_cpu import VAECPU
 from wan.engine.optimizations.vae_dtype import VAEPrecision
 from wan.engine.optimizations.vae_frames import VAEFrames
@@ -36,8 +37,8 @@ __all__ = [
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FewStep",
     "FreSca", "GuidanceRescale", "Kernels", "LoRA", "LockstepCFG", "NAG", "Offload", "Precision", "RIFLEx",
     "ResidualPrecision", "SharedFirstBlock", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32",
-    "TextKeys", "VAECPU", "VAEChannelsLast", "VAEFrames", "VAEMatmulAttention", "VAEPrecision", "VAESubpixel",
-    "VAETiling", "registry",
+    "TextKeys", "VAECPU", "VAEChannelsLast", "VAECompile", "VAEFrames", "VAEMatmulAttention", "VAEPrecision",
+    "VAESubpixel", "VAETiling", "registry",
 ]  # fmt: skip
 
 

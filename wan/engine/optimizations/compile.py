@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware
+from wan.engine.compiling import Compiled, room_for_forms
+from wan.engine.errors import IncompatibleOptions, UnsupportedHardware
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
-from wan.engine.plan import Optimization, Order
 
 if TYPE_CHECKING:
     from wan.engine.engine import Engine
@@ -29,7 +27,7 @@ WITH_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compile(Optimization):
+class Compile(Compiled):
     """Compile each transformer block with torch.compile, without graph breaks.
 
     All blocks of one form share one compilation, those of two experts too, so the first step takes seconds to a minute
@@ -40,10 +38,6 @@ class Compile(Optimization):
     by rounding.
     """
 
-    order = Order.COMPILE
-    grade = "rounding"
-    tolerance = 1e-2
-    backend: ClassVar[str] = "inductor"
     compile: bool = option(False, "compile the transformer blocks")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "default", "how torch.compile optimises"
@@ -66,14 +60,7 @@ class Compile(Optimization):
 
     def check(self, hardware: Hardware) -> None:
         self._check_graphs(hardware)
-        if self.backend != "inductor":
-            return
-        if hardware.is_cuda and hardware.sm < (7, 0):
-            raise UnsupportedHardware(f"--compile needs sm_70 or newer, this is {hardware}. Use --no-compile.")
-        if hardware.is_cuda and importlib.util.find_spec("triton") is None:
-            raise MissingPackage("--compile needs the package triton, which is not installed: pip install triton")
-        if not hardware.is_cuda and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
-            raise MissingPackage("--compile on a CPU needs a C++ compiler and none is on the PATH. Use --no-compile.")
+        super().check(hardware)
 
     def _check_graphs(self, hardware: Hardware) -> None:
         if self.cuda_graphs is None:
@@ -95,15 +82,8 @@ class Compile(Optimization):
             module.trunk = _one_graph_step(module.trunk)  # type: ignore[assignment,arg-type]
 
     def apply(self, engine: Engine) -> None:
-        engine.during_run(_room_for_every_form)
+        engine.during_run(partial(room_for_forms, RECOMPILE_LIMIT))
         engine.wrap_trunk(lambda trunk, dit, segment: _timed(trunk, engine))
-
-
-@contextmanager
-def _room_for_every_form() -> Iterator[None]:
-    config = torch._dynamo.config
-    with config.patch(recompile_limit=max(config.recompile_limit, RECOMPILE_LIMIT)):
-        yield
 
 
 def _timed(trunk: Callable[..., Tensor], engine: Engine) -> Callable[..., Tensor]:
