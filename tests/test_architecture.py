@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "wan.engine.plan": ("wan.engine.options", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.compiling": ("wan.engine.plan", "wan.engine.hardware", "wan.engine.errors"),
     "wan.engine.roofline": (),
-    "wan.engine.prediction": ("wan.engine.activations", "wan.engine.roofline"),
+    "wan.engine.coding": ("wan.engine.roofline",),
+    "wan.engine.prediction": ("wan.engine.activations", "wan.engine.coding", "wan.engine.roofline"),
     "wan.engine.budget": ("wan.engine.prediction", "wan.engine.roofline", "wan.engine.errors"),
     "wan.engine.optimizations": ("wan.engine", "wan.resources"),
     "wan.engine": (

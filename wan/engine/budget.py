@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wan.engine.errors import IncompatibleOptions
-from wan.engine.prediction import PLAIN, Models, Prediction, Video, predict
+from wan.engine.prediction import PLAIN, Models, Prediction, Predictor, Video
 from wan.engine.roofline import GB, Card
 
 TILES = (64, 48, 32, 24, 16)
@@ -61,15 +61,14 @@ class Planner:
 
     def __init__(self, models: Models, video: Video, card: Card, wishes: Wishes) -> None:
         self.models, self.video, self.card, self.wishes = models, video, card, wishes
+        self._predictor = Predictor(models, video, card)
         self.blocks = models.transformer.swappable
         swap = "block_swap" in wishes.available and wishes.pinned.get("block_swap") in (None, "auto")
-        most = self.blocks if swap else wishes.pinned.get("block_swap", 0)
-        fewest = 0 if swap else most
-        pairs = [
-            (self._predict(values | {"block_swap": fewest}), self._predict(values | {"block_swap": most}))
-            for values in self._candidates()
-        ]
-        self._choices = sorted(pairs, key=lambda pair: self._cost(pair[0]))
+        self._most = self.blocks if swap else wishes.pinned.get("block_swap", 0)
+        fewest = 0 if swap else self._most
+        free = [self._predict(values | {"block_swap": fewest}) for values in self._candidates()]
+        self._choices = sorted(free, key=self._cost)
+        """Each with as few blocks swapped as can be."""
 
     def choose(self, budget: int) -> Prediction:
         """The fastest way to run within `budget` bytes. Raises IncompatibleOptions naming a budget that would do.
@@ -77,9 +76,10 @@ class Planner:
         Among equally fast ones the plainest is taken; one that also fits into RAM goes before all that do not.
         """
         best: Prediction | None = None
-        for free, lean in self._choices:
+        for free in self._choices:
             if best is not None and self._cost(free) >= self._cost(best):
                 break  # swapping blocks never makes it faster
+            lean = self._lean(free)
             if lean.peak_bytes > budget:
                 continue
             found = free if free.peak_bytes <= budget else self._swapped(free, lean, budget)
@@ -91,13 +91,20 @@ class Planner:
 
     def least(self) -> int:
         """The smallest budget that is enough, a little rounded up."""
-        return -(-min(lean.peak_bytes for _, lean in self._choices) // STEP) * STEP
+        return -(-self._leanest().peak_bytes // STEP) * STEP
 
     def fits(self, budget: int) -> bool:
         return self.least() <= budget
 
+    def _lean(self, free: Prediction) -> Prediction:
+        """The same with as many blocks swapped as can be."""
+        return self._predict({**free.values, "block_swap": self._most})
+
+    def _leanest(self) -> Prediction:
+        return min(map(self._lean, self._choices), key=lambda lean: lean.peak_bytes)
+
     def _predict(self, values: Mapping[str, Any]) -> Prediction:
-        return predict(self.models, self.video, self.card, {**self.wishes.others, **values})
+        return self._predictor.predict({**self.wishes.others, **values})
 
     def _cost(self, found: Prediction) -> tuple[bool, float, int]:
         lacks_ram = self.wishes.ram is not None and found.host_bytes > self.wishes.ram
@@ -169,7 +176,7 @@ class Planner:
         return reasons
 
     def _refusal(self, budget: int) -> IncompatibleOptions:
-        lean = min((lean for _, lean in self._choices), key=lambda each: each.peak_bytes)
+        lean = self._leanest()
         kept = ", ".join(f"--{name} {value}" for name, value in self.wishes.pinned.items())
         return IncompatibleOptions(
             f"{gigabytes(budget)} of GPU memory are too little for {self.video.width}x{self.video.height}, "

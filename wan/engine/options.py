@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,8 +58,13 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def options_of(cls: type) -> list[Option]:
+def options_of(cls: type) -> tuple[Option, ...]:
     """The options a dataclass declares, in order."""
+    return _declared(cls)
+
+
+@functools.cache  # resolving annotations is slow, and every plan asks
+def _declared(cls: type) -> tuple[Option, ...]:
     hints = typing.get_type_hints(cls)
     found = []
     for f in dataclasses.fields(cls):
@@ -69,7 +75,7 @@ def options_of(cls: type) -> list[Option]:
         if not off and bool in _alternatives(hints[f.name]):
             off = (f"--no-{f.name}",)
         found.append(Option(f.name, hints[f.name], f.default, f.metadata["help"], flags, off, f.metadata["takes_bool"]))
-    return found
+    return tuple(found)
 
 
 def add_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup, options: Iterable[Option]) -> None:

@@ -6,32 +6,24 @@ A pure function of sizes, without a GPU; `wan.engine.budget` compares ways to ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from wan.engine.activations import dit_activation_bytes
+from wan.engine.coding import Size, decoding, encoding, latent
 from wan.engine.roofline import (
     CPU_FLOPS,
     GB,
     GEMM,
     HBM,
-    LIVE_TENSORS,
-    LIVE_TENSORS_ENCODED,
-    LIVE_TENSORS_GROUPED,
-    PAGEABLE,
     VAE,
     Card,
-    Conv,
     TextEncoder,
     Transformer,
-    decoder,
-    encoder,
     forward_seconds,
     text_flops,
-    vae_bytes,
-    vae_seconds,
 )
 
 CONTEXT_BYTES = GB // 2
@@ -42,8 +34,8 @@ LAYERS_AT_ONCE = 2
 """Layers of a streamed text encoder on the card: one computes while the next arrives."""
 SWAP_SHARE = 0.01
 """What copying every block beside computing costs of its time; assumed."""
-DECODE_PIXELS = 8192
-"""Latent pixels decoded at a time, as `wan.engine.decoding` has it."""
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +91,13 @@ class Video:
     encodes: bool = False
     more_tokens: int = 0
 
+    @property
+    def size(self) -> Size:
+        return self.frames, self.height, self.width
+
     def latent(self, vae: VAE) -> tuple[int, int, int]:
         """Frames, rows and columns of its latents."""
-        time, side = vae.stride
-        return (self.frames - 1) // time + 1, self.height // side, self.width // side
+        return latent(vae, self.size)
 
     def tokens(self, models: Models) -> int:
         """Tokens of a forward."""
@@ -164,45 +159,63 @@ class Prediction:
 
 def predict(models: Models, video: Video, card: Card, values: Mapping[str, Any]) -> Prediction:
     """What running with these option values needs; an option that is not given is plain."""
-    given = {name: plain if values.get(name) is None else values[name] for name, plain in PLAIN.items()}
-    models = _with_vae(_with_fp8(models, given["fp8"]), given["vae_dtype"])
-    swapped = _count(given["block_swap"], models)
-    dit_bytes = _on_card(models.transformer, swapped, given["prefetch_blocks"])
-    beside = models.lora.on_card(models.transformer.swappable - swapped, swapped)
-    stays = _staying(models, given, dit_bytes, beside)
-    denoise_s, visit_s = _denoise_seconds(models, video, card, given, swapped)
-    alone_s = _denoise_seconds(models, replace(video, forwards=1), card, given, swapped)[0]
-    guided = video.steps if video.guided is None else video.guided
-    decode_bytes, decode_s = _decode(models.vae, video, card, _tile(given), given["vae_frames_per_call"])
-    used = {
-        "text": {"text encoder": _text_on_card(models.text, given)},
-        "denoise": {
-            "transformer": dit_bytes,
-            "LoRA": stays.get("LoRA", beside) + models.lora.for_call,
-            **_activations(models, video, given),
-        },
-        "decode": {"VAE": models.vae.num_bytes, "frames": decode_bytes},
-    }
-    seconds = {
-        "text": _text_seconds(models.text, video, card, given),
-        "denoise": denoise_s * guided + alone_s * (video.steps - guided), "decode": decode_s,
-        "copies": _copied(models, given) / card.copy_rate,
-    }  # fmt: skip
-    if video.encodes:
-        frames, encode_s = _encode(models.vae, video, card, _tile(given))
-        used["encode"] = {"VAE": models.vae.num_bytes, "frames": frames, "image encoder": models.clip_bytes}
-        seconds["encode"] = encode_s
-    overhead = CONTEXT_BYTES + WORKSPACE_BYTES
-    needed = models.transformer.swapped_bytes * swapped / max(visit_s, 1e-9)
-    return Prediction(
-        card=card,
-        values=given,
-        phases={phase: {**stays, **parts, "context and libraries": overhead} for phase, parts in used.items()},
-        seconds=seconds,
-        seconds_per_step=denoise_s,
-        host_bytes=_host_bytes(models, given, swapped),
-        copy_rate_needed=needed,
-    )
+    return Predictor(models, video, card).predict(values)
+
+
+class Predictor:
+    """`predict` for many ways to make one video on one card; what several have in common is computed once."""
+
+    def __init__(self, models: Models, video: Video, card: Card) -> None:
+        self.models, self.video, self.card = models, video, card
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def predict(self, values: Mapping[str, Any]) -> Prediction:
+        """What running with these option values needs; an option that is not given is plain."""
+        given = {**PLAIN, **{name: value for name, value in values.items() if value is not None and name in PLAIN}}
+        text, text_s = self._once(_text, given, _TEXT)
+        step_s, denoise_s, rate = self._once(_denoise, given, _DENOISE)
+        coded, coding_s = self._once(_coding, given, _CODING)
+        stays, host_bytes, copied = self._once(_places, given, _PLACES)
+        used = {"text": text, "denoise": self._once(_forward, given, _FORWARD), **coded}
+        return Prediction(
+            card=self.card,
+            values=given,
+            phases={phase: {**stays, **parts, **_OVERHEAD} for phase, parts in used.items()},
+            seconds={"text": text_s, "denoise": denoise_s, **coding_s, "copies": copied / self.card.copy_rate},
+            seconds_per_step=step_s,
+            host_bytes=host_bytes,
+            copy_rate_needed=rate,
+        )
+
+    def _once(self, part: Callable[[_Work], Made], given: Mapping[str, Any], names: tuple[str, ...]) -> Made:
+        """`part`, which is given the options `names` and no others."""
+        key = (part, *map(given.__getitem__, names))
+        if key not in self._known:
+            models = _with_vae(_with_fp8(self.models, given["fp8"]), given["vae_dtype"])
+            self._known[key] = part(_Work(models, self.video, self.card, {name: given[name] for name in names}))
+        found: Made = self._known[key]
+        return found
+
+
+class _Work(NamedTuple):
+    """What a part of a prediction is made from."""
+
+    models: Models
+    video: Video
+    card: Card
+    given: Mapping[str, Any]
+    """Of the options those that the part may look at; networks have the dtypes of all."""
+
+
+_TEXT = ("t5_cpu", "stream_t5")
+_SWAP = ("block_swap", "prefetch_blocks", "fp8")
+_BRANCHES = ("use_batched_cfg", "lockstep_cfg")
+_DENOISE = (*_SWAP, *_BRANCHES, "compile")
+_KEPT = ("cache", "share_first_block", "keep_text_keys", "residual_dtype")
+_FORWARD = (*_DENOISE, *_KEPT, "ffn_rows", "attention_rows", "offload_model")
+_CODING = ("vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_dtype", "vae_frames_per_call")
+_PLACES = (*_TEXT, *_SWAP, "offload_model", "vae_cpu", "vae_dtype")
+_OVERHEAD = {"context and libraries": CONTEXT_BYTES + WORKSPACE_BYTES}
 
 
 @lru_cache
@@ -227,22 +240,34 @@ def _count(swap: Any, models: Models) -> int:
     return most if swap == "auto" else min(int(swap), most)
 
 
-def _on_card(net: Transformer, swapped: int, prefetched: int) -> int:
-    """Bytes of an expert on the card: what stays, and the places swapped blocks take turns in."""
-    return net.num_bytes - int(swapped * net.swapped_bytes) + min(swapped, 1 + prefetched) * net.block_bytes
+def _expert(work: _Work) -> tuple[int, int]:
+    """(bytes of an expert on the card: what stays, and the places swapped blocks take turns in; of its LoRAs)."""
+    net, swapped = work.models.transformer, _count(work.given["block_swap"], work.models)
+    slots = min(swapped, 1 + work.given["prefetch_blocks"])
+    size = net.num_bytes - int(swapped * net.swapped_bytes) + slots * net.block_bytes
+    return size, work.models.lora.on_card(net.swappable - swapped, swapped)
 
 
-def _staying(models: Models, given: Mapping[str, Any], dit_bytes: int, beside: int) -> dict[str, int]:
-    """Networks that are on the card in every stage, whether it needs them or not."""
+def _places(work: _Work) -> tuple[dict[str, int], int, int]:
+    """(networks on the card in every stage, needed there or not, bytes in RAM, bytes that cross the bus a video)."""
+    models, given = work.models, work.given
+    net, text_away = models.transformer, given["t5_cpu"] or given["stream_t5"]
+    swapped = _count(given["block_swap"], models) * int(net.swapped_bytes)
     stays = {} if given["vae_cpu"] else {"VAE": models.vae.num_bytes}
-    if not given["offload_model"]:
-        stays["transformer"] = dit_bytes
-        if models.experts > 1:
-            stays["other experts"] = (models.experts - 1) * dit_bytes
-        stays["LoRA"] = models.experts * beside
-        stays["image encoder"] = models.clip_bytes
-        stays["text encoder"] = _text_on_card(models.text, given)
-    return {name: size for name, size in stays.items() if size}
+    vae = models.vae.num_bytes if given["vae_cpu"] else 0
+    host, copied = vae + models.experts * models.lora.host, 2 * vae
+    if given["offload_model"]:
+        host += models.experts * net.num_bytes + models.text.num_bytes + models.clip_bytes
+        copied += models.experts * (net.num_bytes - swapped) + models.clip_bytes
+        copied += 0 if text_away else models.text.num_bytes
+    else:
+        on_card, beside = _expert(work)
+        stays |= {
+            "transformer": on_card, "other experts": (models.experts - 1) * on_card, "LoRA": models.experts * beside,
+            "image encoder": models.clip_bytes, "text encoder": _text_on_card(models.text, given),
+        }  # fmt: skip
+        host += models.experts * swapped + (models.text.num_bytes if text_away else 0)
+    return {name: size for name, size in stays.items() if size}, host, copied
 
 
 def _text_on_card(net: TextEncoder, given: Mapping[str, Any]) -> int:
@@ -251,13 +276,14 @@ def _text_on_card(net: TextEncoder, given: Mapping[str, Any]) -> int:
     return LAYERS_AT_ONCE * net.layer_bytes if given["stream_t5"] else net.num_bytes
 
 
-def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes beside the weights while a forward runs, and between forwards.
+def _forward(work: _Work) -> dict[str, int]:
+    """Bytes of the transformer, and beside its weights while a forward runs and between forwards.
 
     Compiled blocks do not write the residual stream where it stands. A step cache keeps the tokens it was given, and
     of each forward of a step a residual; EasyCache's are latents, which are small. What the first block gives and the
     text's keys and values are in the blocks' dtype.
     """
+    models, video, _, given = work
     net, tokens, batch = models.transformer, video.tokens(models), _batch(video, given)
     one = tokens * net.dim * net.element_size
     keeps, at_once = given["cache"] in ("tea", "mag"), _in_step(video, given)
@@ -267,9 +293,12 @@ def _activations(models: Models, video: Video, given: Mapping[str, Any]) -> dict
         param_bytes=net.element_size, stream_bytes=2 if given["residual_dtype"] == "bfloat16" else 4,
         streams=at_once * (1 + net.side_streams + keeps) + net.side_streams + bool(given["compile"]),
     )  # fmt: skip
+    size, beside = _expert(work)
+    resident = 1 if given["offload_model"] else models.experts
+    parts = {"transformer": size, "LoRA": resident * beside + models.lora.for_call}
     # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype;
     # in step also what it made for the other branches.
-    parts = {"activations": live + batch * (2 * at_once - 1) * net.side_streams * one}
+    parts |= {"activations": live + batch * (2 * at_once - 1) * net.side_streams * one}
     parts |= {"step cache": video.forwards * one} if keeps else {}
     parts |= {"first block": one} if given["share_first_block"] else {}
     texts = 2 * net.num_blocks * (net.text_len + net.image_tokens) * net.dim * net.element_size
@@ -285,114 +314,47 @@ def _in_step(video: Video, given: Mapping[str, Any]) -> int:
     return video.forwards if given["lockstep_cfg"] and _batch(video, given) == 1 else 1
 
 
-def _host_bytes(models: Models, given: Mapping[str, Any], swapped: int) -> int:
-    net, away = models.transformer, bool(given["offload_model"])
-    dits = models.experts * (net.num_bytes if away else swapped * int(net.swapped_bytes))
-    dits += models.experts * models.lora.host
-    text = models.text.num_bytes if away or given["t5_cpu"] or given["stream_t5"] else 0
-    return dits + text + (models.clip_bytes if away else 0) + (models.vae.num_bytes if given["vae_cpu"] else 0)
+def _denoise(work: _Work) -> tuple[float, float, float]:
+    """(seconds of a step, of all steps, bytes a second that swapped blocks need to arrive in time)."""
+    models, video = work.models, work.video
+    step_s, visit_s = _step_seconds(work)
+    alone_s, _ = _step_seconds(work._replace(video=replace(video, forwards=1)))
+    guided = video.steps if video.guided is None else video.guided
+    copied = _count(work.given["block_swap"], models) * models.transformer.swapped_bytes
+    return step_s, step_s * guided + alone_s * (video.steps - guided), copied / max(visit_s, 1e-9)
 
 
-def _copied(models: Models, given: Mapping[str, Any]) -> int:
-    """Bytes that cross the bus once a video: networks that are brought when needed."""
-    vae = 2 * models.vae.num_bytes if given["vae_cpu"] else 0
-    if not given["offload_model"]:
-        return vae
-    text = 0 if given["t5_cpu"] or given["stream_t5"] else models.text.num_bytes
-    swapped = _count(given["block_swap"], models) * int(models.transformer.swapped_bytes)
-    dits = models.experts * (models.transformer.num_bytes - swapped)
-    return vae + text + models.clip_bytes + dits
-
-
-def _denoise_seconds(
-    models: Models, video: Video, card: Card, given: Mapping[str, Any], swapped: int
-) -> tuple[float, float]:
+def _step_seconds(work: _Work) -> tuple[float, float]:
     """(seconds of a step, of what is computed while each block is there once); swapped blocks are spread evenly."""
-    batch, at_once = _batch(video, given), _in_step(video, given)
-    net, tokens = models.transformer, video.tokens(models)
-    computed = _forward_seconds(net, tokens, card, batch, bool(given["compile"]))
+    models, video, card, given = work
+    net, tokens, batch, at_once = models.transformer, video.tokens(models), _batch(video, given), _in_step(video, given)
+    computed = forward_seconds(net, tokens, card, batch=batch, compiled=bool(given["compile"]))
     computed = at_once * (computed + 2 * batch * tokens * models.lora.elements / (GEMM * card.bf16))
+    swapped = _count(given["block_swap"], models)
     copied = swapped * net.swapped_bytes / card.copy_rate
     busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
     return max(busy, copied) * math.ceil(video.forwards / batch / at_once), computed
 
 
-_forward_seconds = lru_cache(lambda net, tokens, card, batch, compiled: forward_seconds(
-    net, tokens, card, batch=batch, compiled=compiled
-))  # fmt: skip
-
-
-def _text_seconds(net: TextEncoder, video: Video, card: Card, given: Mapping[str, Any]) -> float:
+def _text(work: _Work) -> tuple[dict[str, int], float]:
+    """(bytes, seconds) of encoding the texts."""
+    net, card, given = work.models.text, work.card, work.given
     flops = text_flops(net, 512)
     if given["t5_cpu"]:
-        return video.texts * flops / CPU_FLOPS
-    each = max(flops / (GEMM * card.bf16), net.num_bytes / (HBM * card.hbm))
-    streamed = net.num_layers * net.layer_bytes / card.copy_rate if given["stream_t5"] else 0.0
-    return video.texts * max(each, streamed)
+        each = flops / CPU_FLOPS
+    else:
+        streamed = net.num_layers * net.layer_bytes / card.copy_rate if given["stream_t5"] else 0.0
+        each = max(flops / (GEMM * card.bf16), net.num_bytes / (HBM * card.hbm), streamed)
+    return {"text encoder": _text_on_card(net, given)}, work.video.texts * each
 
 
-def _tile(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    return (given["vae_tile_size"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
-
-
-@lru_cache(maxsize=256)
-def _decode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None, at_a_time: int) -> tuple[int, float]:
-    """(bytes, seconds) of decoding, `at_a_time` latent frames if that is not 0."""
-    frames, rows, columns = video.latent(net)
-    chunk = min(frames, at_a_time or max(1, DECODE_PIXELS // (rows * columns)))
-    grid = _Grid.over(rows, columns, tile)
-    part = list(decoder(net, frames, grid.height, grid.width))
-    size = vae_bytes(net, part, chunk, LIVE_TENSORS)
-    return _tiled(net, video, card, (grid, part, chunk), size)
-
-
-@lru_cache(maxsize=256)
-def _encode(net: VAE, video: Video, card: Card, tile: tuple[int, int] | None) -> tuple[int, float]:
-    """(bytes, seconds) of encoding a whole video."""
-    frames, rows, columns = video.latent(net)
-    grid, side = _Grid.over(rows, columns, tile), net.stride[1]
-    part = list(encoder(net, video.frames, grid.height * side, grid.width * side))
-    size = vae_bytes(net, part, 1, LIVE_TENSORS_GROUPED if net.grouped else LIVE_TENSORS_ENCODED)
-    return _tiled(net, video, card, (grid, part, 1), size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """The tiles of a frame: how many, and their size in latent pixels."""
-
-    tiles: int
-    height: int
-    width: int
-
-    @classmethod
-    def over(cls, rows: int, columns: int, tile: tuple[int, int] | None) -> _Grid:
-        if tile is None:
-            return cls(tiles=1, height=rows, width=columns)
-        (down, height), (across, width) = (_cut(side, *tile) for side in (rows, columns))
-        return cls(tiles=down * across, height=height, width=width)
-
-
-def _tiled(net: VAE, video: Video, card: Card, work: tuple[_Grid, list[Conv], int], size: int) -> tuple[int, float]:
-    """(bytes, seconds) of a pass over all tiles, where one takes `size` and goes through these convolutions.
-
-    What a tile remembers waits in RAM while others compute. The bottleneck sees whole frames, and the joined ones are
-    float32.
-    """
-    grid, part, chunk = work
-    frames, rows, columns = video.latent(net)
-    seconds = grid.tiles * vae_seconds(net, part, frames, grid.height * grid.width, card)
-    if grid.tiles == 1:
-        return size, seconds
-    parked = sum(conv.kept for conv in part) * net.element_size
-    bottleneck = 8 * net.element_size * net.decoder_dim * net.dim_mult[-1] * rows * columns
-    joined = 4 * 3 * video.width * video.height * chunk * net.stride[0]
-    copies = 2 * grid.tiles * parked * math.ceil(frames / chunk) / PAGEABLE
-    return size + bottleneck + joined, seconds + copies
-
-
-def _cut(length: int, tile: int, overlap: int) -> tuple[int, int]:
-    """(number, length) of the tiles that cover `length`."""
-    if length <= tile:
-        return 1, length
-    count = -(-(length - overlap) // (tile - overlap))
-    return count, -(-(length + (count - 1) * overlap) // count)
+def _coding(work: _Work) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
+    """(bytes, seconds) of decoding, and of encoding where something is given; by stage."""
+    (models, video, card, given), net = work, work.models.vae
+    tile = (given["vae_tile_size"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
+    size, seconds = decoding(net, video.size, card, tile, given["vae_frames_per_call"])
+    used, took = {"decode": {"VAE": net.num_bytes, "frames": size}}, {"decode": seconds}
+    if video.encodes:
+        size, took["encode"] = encoding(net, video.size, card, tile)
+        used["encode"] = {"VAE": net.num_bytes, "frames": size, "image encoder": models.clip_bytes}
+    return used, took
