@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import wan
 from wan.engine.adapting import Adapted, LowRank
 from wan.engine.compiling import Compiled
-from wan.engine.errors import BadCheckpoint, IncompatibleOptions
+from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.ops.float8 import Coded, Float8Linear, quantize_weight
 from wan.engine.weights.lora import merged, open_lora
 
@@ -218,6 +219,44 @@ def test_over_8_bits_a_change_is_added_to_codes_times_scales(tmp_path: Path, den
         assert torch.allclose(out, F.linear(x, weight, layer.bias), rtol=0, atol=1e-5)
         assert torch.equal(layer.weight.float(), codes.float())
         assert torch.equal(layer.weight_scale, scale)
+
+
+def test_matrices_for_tokens_behind_the_video_leave_the_others_alone(tmp_path: Path) -> None:
+    """As Stand-In has them, beside a LoRA for all tokens of the same layer."""
+    torch.manual_seed(0)
+    net, x = Two(), torch.randn(2, 5, 4)
+    net.blocks = nn.ModuleList(nn.ModuleDict({"self_attn": nn.ModuleDict({"q": nn.Linear(4, 4)})}) for _ in range(2))
+    net.run_block = lambda block, x, inputs: block["self_attn"]["q"](x)
+    pairs = {side: torch.randn(*shape) for side, shape in {"down": (2, 4), "up": (4, 2)}.items()}
+    for name, layer in {"behind": "q_loras.{}", "all": "q.lora_{}"}.items():
+        key = f"blocks.0.self_attn.{layer}.weight"
+        save_file({key.format(side): each for side, each in pairs.items()}, str(tmp_path / f"{name}.safetensors"))
+    files = [open_lora(tmp_path / f"{name}.safetensors") for name in ("behind", "all")]
+    inputs = SimpleNamespace(frames=torch.tensor([0, 0, 1, -1, -1]))
+    plain = net.run_block(net.blocks[0], x, inputs)
+    adapted = Adapted(net, torch.device("cpu"), dense=False)
+    adapted.load(files)
+    with adapted.at((0.5, 2.0)):
+        made = net.run_block(net.blocks[0], x, inputs) - plain
+    change = x @ (pairs["up"] @ pairs["down"]).T
+    assert torch.allclose(made[:, :3], 2 * change[:, :3], atol=1e-5)
+    assert torch.allclose(made[:, 3:], 2.5 * change[:, 3:], atol=1e-5)
+
+
+def test_a_lora_for_tokens_behind_the_video_is_refused_where_it_cannot_act(
+    tiny_checkpoint: Path, tiny_config: Any, tmp_path: Path
+) -> None:
+    state = {f"blocks.0.self_attn.k_loras.{side}.weight": torch.ones(*shape) for side, shape in
+             {"down": (2, D), "up": (D, 2)}.items()}  # fmt: skip
+    save_file(state, str(tmp_path / "x.safetensors"))
+    path = str(tmp_path / "x.safetensors")
+    for mode in ("merge", "stream"):
+        with pytest.raises(IncompatibleOptions, match=rf"--lora_mode {mode} and '.*x\.safetensors:1' do not"):
+            wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=path, lora_mode=mode)
+    with pytest.raises(IncompatibleOptions, match=r"--attention_rows 64 and --lora '.*x\.safetensors:1' do not go"):
+        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=path, attention_rows=64)
+    with pytest.raises(BadRequest, match=r"x\.safetensors' acts on tokens behind .* alone, and 'high' has none"):
+        wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=path)
 
 
 def test_a_file_of_another_model_is_refused_also_for_one_video(

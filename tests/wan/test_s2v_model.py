@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wan.engine.adapting import Adapted
 from wan.engine.errors import BadCheckpoint, BadRequest
+from wan.engine.weights.lora import open_lora
 from wan.modules.blocks import BlockInputs
 from wan.modules.building import build_dit
 from wan.modules.s2v.model_s2v import AUDIO_LAYERS, INJECT_LAYERS, SpeechCondition, WanModel_S2V
@@ -198,6 +201,29 @@ def test_listening_blocks_run_where_they_act_and_can_be_compiled() -> None:
     assert ran == model.all_blocks()
     listening = model.adapters["s2v"].blocks
     assert [ran.index(block) for block in listening] == [1, 4, 6]
+
+
+@torch.no_grad()
+def test_a_lora_for_what_it_looks_back_at_asks_nothing_else_of_the_video(tmp_path: Path) -> None:
+    """Queries of reference and motion change what these tokens become, and no token of the video."""
+    model, values, seen = tiny(), given(), list[Tensor]()
+
+    def watch(block: nn.Module, tokens: Tensor, inputs: BlockInputs) -> Any:
+        out = block(tokens, inputs)
+        seen.extend([out.clone()] if block is model.blocks[0] else [])
+        return out
+
+    model.run_block = watch
+    key = "blocks.0.self_attn.q_loras.{}.weight"
+    save_file({key.format("down"): torch.randn(2, 48), key.format("up"): torch.randn(48, 2)}, tmp_path / "x.sft")
+    adapted = Adapted(model, torch.device("cpu"), dense=False)
+    adapted.load([open_lora(tmp_path / "x.sft")])
+    for strength in (0.0, 1.0):
+        with adapted.at((strength,)):
+            call(model, values, 500.0)
+    moved = (seen[1] - seen[0]).abs().amax((0, 2)) > FLOAT32
+    video = T * H * W // 4
+    assert not moved[:video].any() and moved[video:].all()
 
 
 @torch.no_grad()

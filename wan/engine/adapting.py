@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Counts:
 
 
 class Thin:
-    """The matrices beside one layer, those of all LoRAs as one pair: down [R, in], up [out, R], factors [R].
+    """The matrices beside one layer, those of all LoRAs as one pair: down [R, in], up [out, R], factors [R] or [L, R].
 
     No module and no tensor attribute of one, so that what moves networks does not move these.
     """
@@ -96,6 +96,11 @@ class _Beside:
 
     layer: LowRank
     deltas: list[tuple[int, Delta]]
+
+    @property
+    def behind(self) -> bool:
+        """Whether some of it acts on the tokens behind the video's alone."""
+        return any(delta.behind for _, delta in self.deltas)
 
 
 @dataclass
@@ -193,8 +198,10 @@ class Adapted:
                 continue
             block = self._block_of.get(key)
             parts = _BlockParts() if block is None else self._blocks.setdefault(block, _BlockParts())
-            if all(self._goes_beside(key, delta) for _, delta in mine):
-                parts.beside.append(_Beside(self._low_rank(key), mine))
+            together = all(self._goes_beside(key, delta) for _, delta in mine)
+            if beside := mine if together else [each for each in mine if each[1].behind]:
+                parts.beside.append(_Beside(self._low_rank(key), beside))
+            if not (mine := [each for each in mine if each not in beside]):
                 continue
             scale = self._tensors.get(f"{key}_scale")
             tensors = (tensor,) if scale is None else (tensor, scale)
@@ -217,9 +224,10 @@ class Adapted:
         """`delta` in RAM, whence it is copied to the device without waiting; as it will be computed with."""
         if delta.down is not None and delta.up is not None and self._goes_beside(key, delta):
             dtype = compute_dtype(self._tensors, key)
-            delta = Delta(delta.down.to(dtype), (delta.up.float() * delta.scale).to(dtype))
+            scaled = (delta.up.float() * delta.scale).to(dtype)
+            delta = replace(delta, down=delta.down.to(dtype), up=scaled, scale=1.0)
         down, up, diff = (None if t is None else self._pinned(t) for t in (delta.down, delta.up, delta.diff))
-        return Delta(down, up, delta.scale, diff)
+        return replace(delta, down=down, up=up, diff=diff)
 
     def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
@@ -236,19 +244,24 @@ class Adapted:
                 return run_block(block, *arguments)
             visiting = block in self._visiting
             for beside in parts.beside:
-                self._bring(beside)
+                self._bring(beside, *arguments)
             # A block's merged weights would be a second copy of the network if they were kept.
             with self._exchanged(parts.patches, keep=not visiting and not self.dense):
                 out = run_block(block, *arguments)
-            if visiting:
-                for beside in parts.beside:
+            for beside in parts.beside:
+                if visiting:
                     _clear(beside.layer.thin)
+                elif beside.behind:  # a number for each token is not kept
+                    beside.layer.thin.factors = None
             return out
 
         return run
 
-    def _bring(self, beside: _Beside) -> None:
-        """Have the thin matrices of a layer on the device, with today's factors. Waits for nothing."""
+    def _bring(self, beside: _Beside, *arguments: Any) -> None:
+        """Have the thin matrices of a layer on the device, with today's factors. Waits for nothing.
+
+        `arguments` are what the block is called with: tokens, and what says which of them are the video's.
+        """
         thin = beside.layer.thin
         if thin.down is not None:
             self.counts.hits += 1
@@ -258,13 +271,19 @@ class Adapted:
             thin.down = _joined([delta.down for delta in moved], 0)
             thin.up = _joined([delta.up for delta in moved], 1)
             self.counts.copied_bytes += thin.down.nbytes + thin.up.nbytes
-        thin.factors = self._factors_of(beside.deltas, thin.down.dtype)
+        thin.factors = self._factors_of(beside.deltas, thin.down.dtype, behind=False)
+        if beside.behind:
+            behind = self._factors_of(beside.deltas, thin.down.dtype, behind=True)
+            thin.factors = torch.where(arguments[1].frames[:, None] < 0, behind, thin.factors)
 
-    def _factors_of(self, deltas: Sequence[tuple[int, Delta]], dtype: torch.dtype) -> Tensor:
-        """The strength of each rank of a layer's thin matrices; layers with the same ranks share them."""
-        ranks = tuple((number, len(delta.down)) for number, delta in deltas if delta.down is not None)
+    def _factors_of(self, deltas: Sequence[tuple[int, Delta]], dtype: torch.dtype, *, behind: bool) -> Tensor:
+        """The strength [R] of each rank of a layer's thin matrices, for tokens of the video or those behind them.
+
+        Layers with the same ranks share them.
+        """
+        ranks = tuple((n, len(delta.down), behind or not delta.behind) for n, delta in deltas if delta.down is not None)
         if (ranks, dtype) not in self._factors:
-            factors = [self._strengths[number] for number, rank in ranks for _ in range(rank)]
+            factors = [self._strengths[number] * acts for number, rank, acts in ranks for _ in range(rank)]
             told = self._pinned(torch.tensor(factors, dtype=dtype))
             self._factors[ranks, dtype] = told.to(self._device, non_blocking=True)
         return self._factors[ranks, dtype]

@@ -128,6 +128,9 @@ class Adapter(nn.Module):
     after: tuple[int, ...] = ()
     """Number of the main block after which each of `blocks` runs; empty puts them first."""
 
+    appends: bool = False
+    """Whether `embed` puts tokens behind those of the video."""
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()

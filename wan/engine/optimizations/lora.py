@@ -23,7 +23,7 @@ from wan.engine.given_loras import LORA_FLAGS, Given, parsed
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.placement import Policy
-from wan.engine.plan import Optimization, Order
+from wan.engine.plan import Optimization, Order, Plan
 from wan.engine.prediction import Beside
 from wan.engine.types import EXPERTS, Component, Condition, Denoiser, Segment, Step
 from wan.engine.weights.lora import LoRAFile, merged, open_lora
@@ -67,11 +67,15 @@ class LoRA(Optimization):
         """What is done, where it was left open."""
         if self.lora_mode != "auto":
             return self.lora_mode
-        return "merge" if all(given.whole for given in self._all()) else "onthefly"
+        return "onthefly" if any(not given.whole or open_lora(given.path).behind for given in self._all()) else "merge"
 
     def check(self, hardware: Hardware) -> None:
         for given in self._all():
-            open_lora(given.path)
+            if open_lora(given.path).behind and self.mode != "onthefly":
+                raise IncompatibleOptions(
+                    f"--lora_mode {self.mode} and {str(given)!r} do not go together: it acts on some tokens alone; use "
+                    "--lora_mode onthefly"
+                )
             if not given.whole and self.mode == "merge":
                 raise IncompatibleOptions(
                     f"--lora_mode merge and {str(given)!r} do not go together: what is merged acts in every step; use "
@@ -81,6 +85,23 @@ class LoRA(Optimization):
     def follows(self, before: Optimization) -> bool:
         assert isinstance(before, LoRA)
         return before.mode in AT_RUN_TIME and self.lora_mode in ("auto", before.mode)
+
+    def check_plan(self, plan: Plan) -> None:
+        rows = plan.values().get("attention_rows")
+        for given in self._all() if rows else ():
+            if open_lora(given.path).behind:
+                raise IncompatibleOptions(
+                    f"--attention_rows {rows} and --lora {str(given)!r} do not go together: it acts on some tokens "
+                    "alone, which it must see all at once; drop --attention_rows"
+                )
+
+    def check_component(self, component: Component) -> None:
+        behind = [lora for lora, _ in self._files(component.name) if lora.behind] if component.is_expert else []
+        if behind and not any(adapter.appends for adapter in component.build().adapters.children()):  # type: ignore[union-attr]
+            raise BadRequest(
+                f"LoRA {str(behind[0].path)!r} acts on tokens behind those of the video alone, and {component.name!r} "
+                "has none: it was made for a model that looks at a reference that way"
+            )
 
     def check_weights(self, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
         if name not in EXPERTS:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,14 @@ _EXPERTS = {FIRST: "high", SECOND: "low"}
 class Delta:
     """What is added to a tensor at strength 1: `scale` * up @ down, with down [rank, in] and up [out, rank], or `diff`.
 
-    Tensors have the dtype of the file.
+    Tensors have the dtype of the file. What is `behind` acts only on tokens that follow those of the video.
     """
 
     down: Tensor | None = None
     up: Tensor | None = None
     scale: float = 1.0
     diff: Tensor | None = None
+    behind: bool = False
 
     def dense(self) -> Tensor:
         """The whole difference in float32; that of a pair is [out, in]."""
@@ -63,15 +64,16 @@ class Delta:
         """The same where it is needed; does not wait."""
         moved = (None if t is None else t.to(device, non_blocking=True) for t in (self.down, self.up, self.diff))
         down, up, diff = moved
-        return Delta(down, up, self.scale, diff)
+        return replace(self, down=down, up=up, diff=diff)
 
 
 @dataclass(frozen=True)
 class Change:
-    """How one tensor is changed: `layer` as the file calls it, and the key of each part by role."""
+    """How one tensor is changed: `layer` as the file calls it, and the key of each part by role; see `Part.behind`."""
 
     layer: str
     keys: Mapping[str, str]
+    behind: bool = False
 
 
 class LoRAFile:
@@ -131,6 +133,11 @@ class LoRAFile:
                     f"LoRA {str(self.path)!r} gives {key!r} {wider[1]} input channels, this model was loaded with "
                     f"{shapes[key][1]}: that is another model; pass it where the model is loaded"
                 )
+
+    @property
+    def behind(self) -> bool:
+        """Whether anything of it acts only on tokens that a family puts behind those of the video."""
+        return any(change.behind for change in self._changes.values())
 
     @property
     def may_widen(self) -> bool:
@@ -203,7 +210,8 @@ class LoRAFile:
         down, up = parts["down"], parts["up"].flatten(1)
         if "mid" in parts:
             down = torch.einsum("rsk,si->rik", parts["mid"].flatten(2), down.flatten(1)).flatten(1)
-        return Delta(down=down.flatten(1), up=up, scale=self._scale(self._changes[target]))
+        change = self._changes[target]
+        return Delta(down=down.flatten(1), up=up, scale=self._scale(change), behind=change.behind)
 
     def counts(self) -> str:
         """What became of the file's tensors, in words."""
@@ -246,7 +254,7 @@ def read_lora(
     parts, without_effect, unknown = parts_of(weights.shapes())
     found: dict[str, dict[Target, Change]] = {}
     for key, part in parts.items():
-        change = found.setdefault(part.expert, {}).setdefault(part.target, Change(part.layer, {}))
+        change = found.setdefault(part.expert, {}).setdefault(part.target, Change(part.layer, {}, part.behind))
         _add(change, part, key, weights.path)
     experts = found if SECOND in found else {"": {t: c for each in found.values() for t, c in each.items()}}
     for changes in experts.values():
@@ -293,8 +301,9 @@ def widened(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _add(change: Change, part: Part, key: str, path: Path) -> None:
     assert isinstance(change.keys, dict)
-    if part.role in change.keys:
-        raise BadCheckpoint(f"LoRA {str(path)!r} holds {key!r} twice, also as {change.keys[part.role]!r}")
+    if part.role in change.keys or part.behind != change.behind:
+        other = change.keys.get(part.role, next(iter(change.keys.values())))
+        raise BadCheckpoint(f"LoRA {str(path)!r} holds {key!r} twice, also as {other!r}")
     change.keys[part.role] = key
 
 

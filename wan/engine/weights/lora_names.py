@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from wan.engine.weights.keymap import DIFFUSERS_DIT, KeyMap
@@ -28,6 +28,8 @@ _PAIR = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<side>A|B|down|up|mid)(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"
     r"|(?:\.|_)lora(?:_linear_layer)?\.(?P<old>down|up)\.weight)"
 )
+# Stand-In's, which act on the tokens of its picture alone.
+_BEHIND = re.compile(r"(?P<attention>.+\.self_attn)\.(?P<to>[qkv])_loras\.(?P<side>down|up)\.weight")
 _PAIR_BIAS = re.compile(r"(?P<layer>.+?)\.lora_(?:B|up)(?:\.(?!bias$)\w+)?\.bias")
 _WHOLE = re.compile(r"(?P<layer>.+)\.diff(?P<kind>|_b|_m)")
 # ComfyUI's markers, the shape a widened layer gets, and what trainers count: nothing of it changes a weight.
@@ -46,13 +48,15 @@ class Target(NamedTuple):
 class Part:
     """What one key of a file is: `role` "down", "up", "mid", "alpha", "diff" or "up_bias" of a change of `target`.
 
-    `layer` is the layer as the file calls it, `expert` the one that the file gives it to, "" for any.
+    `layer` is the layer as the file calls it, `expert` the one that the file gives it to, "" for any. What is `behind`
+    acts only on tokens that a family puts behind those of the video.
     """
 
     target: Target
     role: str
     layer: str
     expert: str
+    behind: bool = False
 
 
 def flat(name: str) -> str:
@@ -97,6 +101,9 @@ def _part(key: str, shape: tuple[int, ...]) -> Part | None:
         return _named(layer, "weight", "alpha")
     if (match := _PAIR.fullmatch(key)) and len(shape) >= 2:
         return _named(match["layer"], "weight", _SIDES[match["side"] or match["old"]])
+    if match := _BEHIND.fullmatch(key):
+        part = _named(f"{match['attention']}.{match['to']}", "weight", match["side"])
+        return replace(part, behind=True)
     if match := _PAIR_BIAS.fullmatch(key):
         return _named(match["layer"], "bias", "up_bias")
     if match := _WHOLE.fullmatch(key):
@@ -119,8 +126,7 @@ def _speaks_diffusers(parts: Iterable[Part]) -> bool:
 
 
 def _renamed(part: Part) -> Part:
-    target = Target(_translated(part.target.layer, _FLAT_DIFFUSERS), part.target.kind)
-    return Part(target, part.role, part.layer, part.expert)
+    return replace(part, target=Target(_translated(part.target.layer, _FLAT_DIFFUSERS), part.target.kind))
 
 
 def _translated(name: str, names: KeyMap) -> str:

@@ -69,6 +69,7 @@ class SpeechAdapter(SideAdapter):
     """Reference and motion tokens behind those of the video, and after the blocks `layers` what each frame hears."""
 
     timesteps = (0.0,)
+    appends = True
 
     def __init__(self, injector: AudioInjector_WAN, layers: Sequence[int]) -> None:
         pairs = zip(injector.injector_adain_layers, injector.injector, strict=True)
