@@ -157,6 +157,7 @@ def test_registered_optimisations_are_complete_and_do_not_share_names_or_flags()
         assert isinstance(cls.order, Order), cls
         assert cls.grade in ("bitwise", "rounding", "lossy"), cls
         assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), cls
+        assert cls.cost and cls.cost[-1] not in ".:,", cls
         assert switch_flag(cls).startswith("--")
         assert all(field.metadata.get("option") for field in dataclasses.fields(cls)), cls
         assert all(o.help for o in options_of(cls)), cls

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from wan.cli import env
-from wan.engine.errors import BadRequest, WanError
+from wan.cli.report import Terminal
+from wan.cli.signals import exit_status, stoppable
+from wan.engine.errors import BadRequest
 
 RIVALS: tuple[Literal["diffusers", "diffusers_compiled"], ...] = ("diffusers", "diffusers_compiled")
 
@@ -75,14 +77,12 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit status."""
     env.prepare()
-    try:
+    words = list(sys.argv[1:] if argv is None else argv)
+
+    def act() -> int:
         from wan.cli.benchmarking.session import run
 
-        return run(list(sys.argv[1:] if argv is None else argv), build_parser())
-    except WanError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as leaving:  # --help
-        return int(leaving.code or 0)
+        with stoppable():
+            return run(words, build_parser())
+
+    return exit_status(act, Terminal())

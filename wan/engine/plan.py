@@ -62,6 +62,8 @@ class Optimization:
     order: ClassVar[Order]
     grade: ClassVar[Grade]
     tolerance: ClassVar[float] = 0.0
+    cost: ClassVar[str] = ""
+    """What it takes of time or memory in return, in a few words for the table of all options."""
     conflicts: ClassVar[tuple[Conflict, ...]] = ()
     per_call: ClassVar[bool] = False
 

@@ -7,16 +7,20 @@ import csv
 import io
 import json
 import re
+import signal
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from wan.cli import benchmark
+from wan.cli.benchmarking import session
 from wan.cli.benchmarking.session import run
-from wan.engine.errors import GenerationFailed
+from wan.cli.signals import Stopped
+from wan.engine.errors import BadRequest, GenerationFailed
 
 MATRIX = """
 num_runs = 2
@@ -106,6 +110,24 @@ def test_a_failed_row_is_marked_and_the_others_go_on(
     assert text.count(f"failed: {broken}") == 2 and "64x48, 9 frames" in text and "power_w" in text
     assert len(page.pictures) == 2 and all(picture.startswith(b"\x89PNG") for picture in page.pictures)
     assert "failed: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM\n"),
+        (BadRequest("no such thing"), 2, "error: no such thing\n"),
+        (SystemExit(0), 0, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_what_ends_it_is_told_in_a_line_with_its_own_status(
+    raised: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(session, "run", Mock(side_effect=raised))
+    assert benchmark.main([]) == status
+    assert capsys.readouterr().err == said
 
 
 def test_resume_runs_only_what_is_not_written(

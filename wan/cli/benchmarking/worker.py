@@ -129,8 +129,8 @@ def serve(connection: Connection, variant: Variant, words: Sequence[str], settin
         connection.send(error)
     except RuntimeError as error:
         connection.send(_out_of_memory(error))
-    except EOFError:
-        pass  # the parent has gone
+    except (EOFError, KeyboardInterrupt):
+        pass  # the parent has gone, or hears of Ctrl-C too and tells it
 
 
 def _out_of_memory(error: RuntimeError) -> WanError:

@@ -35,6 +35,7 @@ class Attention(Optimization):
     order = Order.LAYERS
     grade = "rounding"
     tolerance = 1e-2
+    cost = "nothing; other packages have to be installed"
     attention: Literal["auto", "sdpa", "cudnn", "flash2", "flash3", "flash3_fp8", "sage"] = option(
         "sdpa", "attention backend"
     )

@@ -38,6 +38,7 @@ class NAG(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "one more cross-attention a block"
     per_call = True
     conflicts = (COMPILED,)
     nag_scale: float = option(0.0, "strength of normalized attention guidance; the authors use 11")
@@ -90,6 +91,7 @@ class SkipLayers(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 4.0
+    cost = "nothing: it saves blocks"
     per_call = True
     skip_layers: str | None = option(None, "blocks to leave out of the unconditional forward, as 9,10; the usual is 10")
     skip_layers_interval: str = option("0.1-1", "the share of the steps in which they are left out, FROM-TO")
@@ -151,6 +153,7 @@ class EnhanceVideo(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 4.0
+    cost = "attention among the frames of every place, once more a block"
     per_call = True
     conflicts = (COMPILED,)
     enhance_video: float = option(0.0, "weight of Enhance-A-Video; the authors use 2 to 4")

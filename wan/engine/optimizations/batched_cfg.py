@@ -28,6 +28,7 @@ class BatchedCFG(Optimization):
     order = Order.BRANCHES
     grade = "rounding"
     tolerance = 1e-2
+    cost = "twice the activations"
     per_call = True
     use_batched_cfg: bool = option(
         False,

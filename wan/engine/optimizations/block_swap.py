@@ -38,6 +38,7 @@ class BlockSwap(Optimization):
 
     order = Order.PLACEMENT
     grade = "bitwise"
+    cost = "RAM for the blocks; time where their copies do not hide behind computing"
     block_swap: int | Literal["auto"] = option(0, "how many transformer blocks live in RAM; 0 is none")
     prefetch_blocks: int = option(1, "how many swapped blocks are copied ahead; one more is on the GPU")
 

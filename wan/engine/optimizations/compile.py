@@ -38,6 +38,7 @@ class Compile(Compiled):
     by rounding.
     """
 
+    cost = "seconds to a minute in the first step of a new size; a residual stream more"
     compile: bool = option(False, "compile the transformer blocks")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = option(
         "default", "how torch.compile optimises"

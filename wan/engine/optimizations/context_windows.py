@@ -38,6 +38,7 @@ class ContextWindows(Optimization):
     order = Order.WINDOWS
     grade = "lossy"
     tolerance = 2.0
+    cost = "what windows share is computed twice"
     per_call = True
     context_frames: int = option(0, "frames of the video the model sees at once, 4n+1; 81 for the published models")
     context_overlap: int = option(16, "frames that neighbouring windows share")

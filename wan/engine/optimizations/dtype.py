@@ -32,6 +32,7 @@ class Precision(Optimization):
     order = Order.DTYPE
     grade = "lossy"
     tolerance = 0.05
+    cost = "nothing; float32 takes twice the memory of bfloat16"
     convert_model_dtype: bool = option(False, "store all weights of the DiT in its param_dtype, norms and head too")
     param_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "dtype of the DiT's matrices (default: the task's, bfloat16)"
@@ -64,6 +65,7 @@ class ResidualPrecision(Optimization):
     order = Order.DTYPE
     grade = "lossy"
     tolerance = 0.05
+    cost = "nothing"
     residual_dtype: Literal["float32", "bfloat16"] = option("float32", "dtype of the tokens between the DiT's blocks")
 
     @property

@@ -42,6 +42,7 @@ class FewStep(Optimization):
     order = Order.SCHEDULE
     grade = "lossy"
     tolerance = 3.0
+    cost = "nothing: it saves most steps"
     per_call = True
     conflicts = (Conflict("StepCache", "steps as far apart as those of a recipe have nothing to reuse"),)
     few_step: str | None = option(None, "sample by this recipe: a name (docs/few-step.md) or FILE.toml; off is without")

@@ -34,6 +34,7 @@ class FP8(Optimization):
     order = Order.QUANTIZE
     grade = "lossy"
     tolerance = 0.2
+    cost = "a scale and a conversion for each product"
     fp8: Literal["off", "weight", "scaled", "auto"] = option(
         "off", "keep the blocks' weights in 8 bits, or multiply in 8 bits; auto: the first where a memory budget gains"
     )
@@ -98,6 +99,7 @@ class T5FP8(Optimization):
     order = Order.QUANTIZE
     grade = "lossy"
     tolerance = 0.05
+    cost = "a scale and a conversion for each product"
     t5_fp8: bool = option(False, "keep the text encoder's weights in 8 bits")
 
     def convert(self, module: nn.Module, name: str) -> None:

@@ -36,6 +36,7 @@ class CFGInterval(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "nothing: it saves forwards"
     per_call = True
     cfg_interval: str | None = option(None, "guide only in this share of the steps, FROM-TO in 0 to 1, as 0.1-0.8")
 
@@ -65,6 +66,7 @@ class CFGZeroStar(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "nothing"
     per_call = True
     conflicts = (
         Conflict("FreSca", "both change the difference that guidance amplifies"),
@@ -94,6 +96,7 @@ class FreSca(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "a Fourier transform of the latents a step"
     per_call = True
     conflicts = (Conflict("APG", "both change the difference that guidance amplifies"),)
     fresca: bool = option(False, "scale guidance by spatial frequency (FreSca)")
@@ -123,6 +126,7 @@ class APG(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "nothing"
     per_call = True
     apg: bool = option(False, "adaptive projected guidance")
     apg_momentum: float = option(-0.75, "weight of the differences of earlier steps")
@@ -153,6 +157,7 @@ class GuidanceRescale(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "nothing"
     per_call = True
     guidance_rescale: float = option(0.0, "share of the rescaled velocity, 0 to 1; the authors use 0.7")
 

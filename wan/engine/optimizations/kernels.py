@@ -32,6 +32,7 @@ class Kernels(Optimization):
     order = Order.RUNTIME
     grade = "rounding"
     tolerance = 1e-2
+    cost = "nothing but the first call, which compiles them"
     per_call = True
     kernels: Literal["torch", "auto", "triton", "cuda", "cpu"] = option(
         "torch", "who computes norms, residuals and the like"

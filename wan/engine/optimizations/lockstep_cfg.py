@@ -41,6 +41,7 @@ class LockstepCFG(Optimization):
 
     order = Order.BRANCHES
     grade = "bitwise"
+    cost = "a residual stream more"
     per_call = True
     conflicts = (Conflict("BatchedCFG", "a batch goes through a block at once, which is copied once too"),)
     lockstep_cfg: bool = option(False, "compute the guidance branches block by block in turn")

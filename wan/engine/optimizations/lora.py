@@ -49,6 +49,7 @@ class LoRA(Optimization):
     order = Order.MERGE
     grade = "lossy"
     tolerance = 0.05
+    cost = "merged: nothing a step; beside the weights: time a step, and the pairs' memory"
     per_call = True
     lora: tuple[str, ...] = option((), "LoRA files, each FILE[:STRENGTH[@FROM-TO]]: 1 unless said, in a share of steps")
     lora_high: tuple[str, ...] = option((), "the same for the high-noise expert alone")

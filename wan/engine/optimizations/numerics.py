@@ -44,6 +44,7 @@ class TF32(Optimization):
     order = Order.RUNTIME
     grade = "rounding"
     tolerance = 1e-2
+    cost = "nothing"
     tf32: bool | None = option(None, "TF32 for float32 products on the GPU (off: full float32 in convolutions too)")
 
     @property
@@ -66,6 +67,7 @@ class BF16Reduction(Optimization):
     order = Order.RUNTIME
     grade = "rounding"
     tolerance = 1e-2
+    cost = "nothing; off it is slower where cuBLAS splits sums"
     bf16_reduced_precision: bool | None = option(None, "bfloat16 products on the GPU may add up parts in bfloat16")
 
     @property
@@ -89,6 +91,7 @@ class CudnnBenchmark(Optimization):
     order = Order.RUNTIME
     grade = "rounding"
     tolerance = 1e-2
+    cost = "time and memory once for every shape"
     conflicts = (Conflict("Deterministic", "an algorithm chosen by timing is another one the next time"),)
     cudnn_benchmark: bool = option(False, "choose convolution algorithms by timing them")
 
@@ -108,6 +111,7 @@ class Deterministic(Optimization):
     order = Order.RUNTIME
     grade = "rounding"
     tolerance = 1e-2
+    cost = "speed, where the repeatable algorithm is a slower one"
     deterministic: bool = option(False, "the same bits every time, or an error")
 
     def check(self, hardware: Hardware) -> None:

@@ -24,6 +24,7 @@ class Offload(Optimization):
 
     order = Order.PLACEMENT
     grade = "bitwise"
+    cost = "RAM for the networks; one transfer of each a video"
     per_call = True
     offload_model: bool | None = option(
         None,

@@ -36,6 +36,7 @@ class RIFLEx(Optimization):
     order = Order.GUIDANCE
     grade = "lossy"
     tolerance = 2.0
+    cost = "nothing"
     per_call = True
     riflex: int = option(0, "number of the temporal frequency to slow, from 1; 6 suits the published models")
 

@@ -33,6 +33,7 @@ class FFNRows(Optimization):
     order = Order.LAYERS
     grade = "rounding"
     tolerance = 1e-2
+    cost = "below about 4000 tokens a card is no longer filled"
     ffn_rows: int = option(0, "tokens the feed-forward computes at a time (0: all)")
 
     def check(self, hardware: Hardware) -> None:
@@ -55,6 +56,7 @@ class AttentionRows(Optimization):
     order = Order.LAYERS
     grade = "rounding"
     tolerance = 1e-2
+    cost = "the norm before keys and queries twice; below about 4000 tokens a card is no longer filled"
     attention_rows: int = option(0, "query tokens attention computes at a time (0: all)")
 
     def check(self, hardware: Hardware) -> None:

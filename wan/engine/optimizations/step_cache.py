@@ -46,6 +46,7 @@ class StepCache(Optimization):
     order = Order.STEP_CACHE
     grade = "lossy"
     tolerance = 0.5
+    cost = "a residual a branch in memory; easy waits for the device once a step"
     per_call = True
     cache: Literal["off", "tea", "mag", "easy"] = option("off", "reuse steps: TeaCache, MagCache or EasyCache")
     cache_threshold: float | None = option(

@@ -30,6 +30,7 @@ class StreamT5(Optimization):
 
     order = Order.PLACEMENT
     grade = "bitwise"
+    cost = "RAM for the encoder; one transfer of it for each text"
     conflicts = (Conflict("T5CPU", "one computes on the CPU what the other brings to the GPU"),)
     stream_t5: bool = option(False, "copy the text encoder to the GPU layer by layer while it computes")
 

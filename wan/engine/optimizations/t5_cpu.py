@@ -23,6 +23,7 @@ class T5CPU(Optimization):
     order = Order.PLACEMENT
     grade = "rounding"
     tolerance = 1e-2
+    cost = "seconds to minutes a text, on the CPU"
     per_call = True
     t5_cpu: bool = option(False, "compute the text embeddings on the CPU")
 

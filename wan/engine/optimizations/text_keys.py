@@ -30,6 +30,7 @@ class TextKeys(Optimization):
 
     order = Order.TRUNK
     grade = "bitwise"
+    cost = "0.4 GB a branch for 14B (computed)"
     per_call = True
     conflicts = (Conflict("Compile", "what a compiled block computes cannot be kept from its last call"),)
     keep_text_keys: bool = option(False, "keep keys and values of the text from step to step")

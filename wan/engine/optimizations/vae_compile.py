@@ -29,6 +29,7 @@ class VAECompile(Compiled):
     libraries'. The other VAE options compose with it; what `kernels` has for the VAE is not used in what is compiled.
     """
 
+    cost = "the compiler's time in the first video of a size"
     vae_compile: bool = option(False, "compile the stages of the VAE")
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:

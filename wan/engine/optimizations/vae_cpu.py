@@ -23,6 +23,7 @@ class VAECPU(Optimization):
 
     order = Order.PLACEMENT
     grade = "bitwise"
+    cost = "two short transfers a video"
     per_call = True
     vae_cpu: bool = option(False, "keep the VAE in RAM except while it encodes or decodes on the GPU")
 

@@ -26,6 +26,7 @@ class VAEPrecision(Optimization):
     order = Order.DTYPE
     grade = "lossy"
     tolerance = 0.02
+    cost = "nothing"
     vae_dtype: Literal["fp32", "bf16", "fp16"] = option("fp32", "precision the VAE encodes and decodes in")
 
     @property

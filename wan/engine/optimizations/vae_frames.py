@@ -25,6 +25,7 @@ class VAEFrames(Optimization):
     order = Order.PLACEMENT
     grade = "rounding"
     tolerance = 1e-2
+    cost = "the VAE's activations, once for each frame"
     per_call = True
     vae_frames_per_call: int = option(0, "latent frames decoded at a time (0: as many as have 8192 latent pixels)")
 

@@ -30,6 +30,7 @@ class VAETiling(Optimization):
     order = Order.PLACEMENT
     grade = "lossy"
     tolerance = 1e-2
+    cost = "what tiles share is computed twice; their memory waits in RAM and crosses the bus"
     per_call = True
     vae_tiling: bool = option(False, "decode and encode frames in overlapping tiles, to save memory")
     vae_tile_size: int = option(32, "side of a tile, in latent pixels")
