@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +153,31 @@ def test_another_video_reads_only_files_that_are_new(
     merging = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=a)
     with pytest.raises(IncompatibleOptions, match=r"generate\(lora=...\) cannot be changed for one call"):
         video(merging, lora=b)
+
+
+def test_the_table_of_times_has_the_calls_that_were_made(
+    tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four steps, two of each expert, with guidance: each of five layers is called four times, and read and copied once.
+
+    Merged nothing is called; then loading tells what was read.
+    """
+    caplog.set_level(logging.INFO)
+    options = {"lora": files[0], "lora_timing": True}
+    pipe = wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora_mode="onthefly", **options)
+    video(pipe, sampling_steps=4)
+    table = [line.split() for line in caplog.messages if line.startswith("LoRA timing:")]
+    assert [row[2] for row in table] == ["expert", "high", "low"]
+    for row in table[1:]:
+        counts = pipe.engine.adapted[row[2]].counts
+        assert row[4:6] == ["11", "15/20"] and row[7] == "2"
+        assert float(row[6]) == round(counts.copied_bytes / 2**20, 1) and float(row[8]) > 0
+        assert counts.copied_bytes == 4 * 3 * (3 * 2 * D + 2 * (64 + D))
+    caplog.clear()
+    video(wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", **options))
+    told = "\n".join(caplog.messages)
+    assert "LoRA timing: high, 11 tensors read and merged in" in told
+    assert re.search(r"LoRA timing: low +0\.00 +0 +- +0\.0 +1 +\d", told)
 
 
 class Two(nn.Module):
