@@ -158,7 +158,7 @@ def test_another_video_reads_only_files_that_are_new(
 def test_the_table_of_times_has_the_calls_that_were_made(
     tiny_checkpoint: Path, tiny_config: Any, files: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Four steps, two of each expert, with guidance: each of five layers is called four times, and read and copied once.
+    """Four steps, two of each expert, with guidance: each of five layers is called four times, and copied once.
 
     Merged nothing is called; then loading tells what was read.
     """

@@ -31,6 +31,7 @@ DIALECTS = {
     "original names": ("diffusion_model.{}.lora_down.weight", "diffusion_model.{}.lora_up.weight"),
     "of a pipeline": ("pipe.dit.{}.lora_A.default.weight", "pipe.dit.{}.lora_B.default.weight"),
     "older": ("unet.{}_lora.down.weight", "unet.{}_lora.up.weight"),
+    "older, with a dot": ("model.{}.lora.down.weight", "model.{}.lora.up.weight"),
     "older still": ("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
     "diffusers": ("transformer.{}.lora_A.weight", "transformer.{}.lora_B.weight"),
     "kohya": ("lora_unet_{}.lora_down.weight", "lora_unet_{}.lora_up.weight"),
@@ -132,6 +133,23 @@ def test_a_weight_of_more_dims_takes_the_delta_in_its_shape(tmp_path: Path) -> N
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_middle_matrix_is_multiplied_in(tmp_path: Path) -> None:
+    """W + up @ mid @ down, for a layer and for a convolution, whose window the middle one has."""
+    down, mid, up = torch.randn(RANK, 10), torch.randn(RANK, RANK), torch.randn(8, RANK)
+    first, window, last = torch.randn(RANK, 2, 1, 1, 1), torch.randn(RANK, RANK, 1, 2, 2), torch.randn(8, RANK, 1, 1, 1)
+    parts = {"ffn.0": (down, mid, up), "patch_embedding": (first, window, last)}
+    names = ("lora_down", "lora_mid", "lora_up")
+    state = {f"{k}.{name}.weight": each for k, v in parts.items() for name, each in zip(names, v, strict=True)}
+    save_file(state, str(tmp_path / "x.safetensors"))
+    lora = open_lora(tmp_path / "x.safetensors")
+    base = {"ffn.0.weight": torch.zeros(8, 10), "patch_embedding.weight": torch.zeros(8, 2, 1, 2, 2)}
+    lora.check({key: tuple(value.shape) for key, value in base.items()})
+    layer, convolution = dict(merged(base.items(), [(lora, 1.0)])).values()
+    torch.testing.assert_close(layer, up @ mid @ down)
+    kernel = torch.einsum("or,rsthw,si->oithw", last.flatten(1), window, first.flatten(1))
+    torch.testing.assert_close(convolution, kernel)
+
+
 def test_differences_of_lightx2v_reach_weights_biases_norms_and_modulation(tmp_path: Path) -> None:
     """The keys of an extracted few-step LoRA: pairs, diff of small weights, diff_b of biases, diff_m of modulation."""
     shapes = {
@@ -184,6 +202,15 @@ def test_alpha_is_taken_from_the_adapters_metadata_where_no_key_has_it(
     weight, bias = dict(merged(base.items(), [(open_lora(path), 1.0)])).values()
     torch.testing.assert_close(weight, factor * up @ down, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(bias, factor * torch.ones(8))
+
+
+@pytest.mark.parametrize(("config", "said"), [([1], "no object"), ({"lora_alpha": "8"}, "alpha '8', which is no")])
+def test_metadata_that_says_no_alpha_is_refused(tmp_path: Path, config: object, said: str) -> None:
+    state = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(4, 2)}
+    path = tmp_path / "x.safetensors"
+    save_file(state, str(path), metadata={"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(BadCheckpoint, match=rf"x\.safetensors': its PEFT configuration .*{said}"):
+        open_lora(path).check({"q.weight": (4, 4)})
 
 
 def test_a_file_of_two_experts_gives_each_its_own(tmp_path: Path) -> None:
@@ -241,6 +268,17 @@ def test_a_wider_difference_brings_input_channels(tmp_path: Path) -> None:
         ),
         ({"q.lora_A.weight": torch.zeros(2, 4), "q.lora_down.weight": torch.zeros(2, 4)}, "twice"),
         ({}, "is empty"),
+        (
+            {"q.lora_A.weight": torch.zeros(0, 4), "q.lora_B.weight": torch.zeros(4, 0)},
+            r"float32 \[0, 4\], nothing that",
+        ),
+        ({"q.diff": torch.zeros(2, dtype=torch.int8)}, r"'q\.diff' is int8 \[2\], nothing that can be added"),
+        ({"q.lokr_w1": torch.zeros(2, 2)}, r"'q\.lokr_w1' .* convert other kinds \(LoHa, LoKr, DoRA\)"),
+        (
+            {f"q.{n}": torch.zeros(2, 2) for n in ("lora_A.weight", "lora_B.weight", "dora_scale")},
+            r"'q\.dora_scale' \(1 tensors\)",
+        ),
+        ({f"q.lora_{n}.weight": torch.zeros(2, 2) for n in ("A", "B", "magnitude_vector")}, r"'q.lora_magnitude_vect"),
     ],
 )
 def test_what_is_no_pair_is_refused_by_name(tmp_path: Path, state: dict[str, Tensor], said: str) -> None:
@@ -248,6 +286,15 @@ def test_what_is_no_pair_is_refused_by_name(tmp_path: Path, state: dict[str, Ten
     with pytest.raises(BadCheckpoint, match=said) as caught:
         open_lora(tmp_path / "x.safetensors")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "said"), [("alpha", "is nan, which scales"), ("lora_A.weight", "holds NaN")])
+def test_what_is_no_number_is_refused_where_it_is_read(tmp_path: Path, name: str, said: str) -> None:
+    state = {"q.lora_A.weight": torch.ones(2, 4), "q.lora_B.weight": torch.ones(4, 2), "q.alpha": torch.tensor(1.0)}
+    state[f"q.{name}"] = state[f"q.{name}"] * torch.nan
+    save_file(state, str(tmp_path / "x.safetensors"))
+    with pytest.raises(BadCheckpoint, match=rf"x\.safetensors': 'q\.{name}' {said}.*; download it again"):
+        list(merged([("q.weight", torch.zeros(4, 4))], [(open_lora(tmp_path / "x.safetensors"), 1.0)]))
 
 
 def test_a_lora_of_another_model_is_refused_before_weights_are_read(tmp_path: Path) -> None:

@@ -7,27 +7,23 @@ tensor of a file is accounted for: it changes a weight, is known to change none,
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint
-from wan.engine.weights.files import SAFETENSORS, read_metadata
+from wan.engine.weights.lora_alpha import alphas_of
 from wan.engine.weights.lora_names import FIRST, SECOND, Part, Target, flat, our_name, parts_of, target_of
 from wan.engine.weights.stream import WeightFile, open_weights
 
 __all__ = ["Delta", "LoRAFile", "merged", "open_lora", "read_lora"]
 
-METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's configuration, as JSON, in a file whose keys carry no alpha."""
-_PEFT = ("lora_alpha", "alpha_pattern", "use_rslora")
 _INPUT = "patch_embedding"
 _EXPERTS = {FIRST: "high", SECOND: "low"}
 
@@ -122,6 +118,7 @@ class LoRAFile:
 
         With `widening` a layer may get more input channels; without, the model must have them already.
         """
+        self._told_alphas  # noqa: B018 (raises for one that is none)
         known = {target_of(key): key for key in shapes}
         lacking = [change.layer for target, change in self._changes.items() if target not in known]
         if lacking:
@@ -160,9 +157,9 @@ class LoRAFile:
         if change is None:
             return shape
         stored = {role: self._shapes[name] for role, name in change.keys.items()}
-        found = stored.get("diff") or stored.get("up_bias")
+        found = stored.get("diff", stored.get("up_bias"))
         if found is None:
-            found = _pair_shape(stored["down"], stored["up"], shape)
+            found = _pair_shape(_through(stored["down"], stored.get("mid")), stored["up"], shape)
         if found == shape or (len(shape) > 2 and len(found) == len(shape) and _is_wider(found, shape)):
             return found
         raise BadCheckpoint(
@@ -200,7 +197,10 @@ class LoRAFile:
         """What is added to our weight `key`. Reads it."""
         target = target_of(key)
         keys = self._changes[target].keys
-        read = {stored: tensor for stored, tensor in self._weights.stream(keys.values())}
+        read = dict(self._weights.stream(keys.values()))
+        for role, stored in keys.items():
+            if role != "alpha" and not read[stored].float().isfinite().all():
+                raise self._bad(stored, "holds NaN or infinity")
         parts = {role: read[stored] for role, stored in keys.items()}
         if "diff" in parts:
             return Delta(diff=parts["diff"])
@@ -209,7 +209,8 @@ class LoRAFile:
             return Delta(diff=parts["up_bias"], scale=self._scale(pair))
         down, up = parts["down"], parts["up"].flatten(1)
         if "mid" in parts:
-            down = torch.einsum("rsk,si->rik", parts["mid"].flatten(2), down.flatten(1)).flatten(1)
+            mid = parts["mid"].view(*parts["mid"].shape[:2], -1)
+            down = torch.einsum("rsk,si->rik", mid, down.flatten(1)).flatten(1)
         change = self._changes[target]
         return Delta(down=down.flatten(1), up=up, scale=self._scale(change), behind=change.behind)
 
@@ -222,17 +223,31 @@ class LoRAFile:
 
     def _scale(self, change: Change) -> float:
         rank = self._shapes[change.keys["down"]][0]
-        if "alpha" in change.keys:
-            [(_, alpha)] = self._weights.stream([change.keys["alpha"]])
-            return float(alpha) / rank
-        return self._alpha(change.layer, rank) / rank
+        key = change.keys.get("alpha")
+        return (self._alpha(change.layer, rank) if key is None else self._told_alphas[key]) / rank
+
+    @cached_property
+    def _told_alphas(self) -> dict[str, float]:
+        """The alphas that keys say. Raises BadCheckpoint for one that is no number, in a key or elsewhere."""
+        for change in self._changes.values():
+            if "down" in change.keys and "alpha" not in change.keys:
+                self._alpha(change.layer, self._shapes[change.keys["down"]][0])
+        keys = [change.keys["alpha"] for change in self._changes.values() if "alpha" in change.keys]
+        alphas = {key: float(alpha) for key, alpha in self._weights.stream(keys)}
+        for key, alpha in alphas.items():
+            if not math.isfinite(alpha):
+                raise self._bad(key, f"is {alpha}, which scales nothing")
+        return alphas
+
+    def _bad(self, key: str, what: str) -> BadCheckpoint:
+        return BadCheckpoint(f"LoRA {str(self.path)!r}: {key!r} {what}; download it again, or leave it out")
 
 
 def open_lora(path: Path) -> LoRAFile:
     """The LoRA in a file (.safetensors, .pt, .ckpt). Raises BadCheckpoint naming the first keys it cannot use."""
     if not path.is_file():
         raise BadCheckpoint(f"LoRA {str(path)!r} does not exist; pass a .safetensors, .pt or .ckpt file")
-    lora, rest = read_lora(open_weights(path), _alphas(path))
+    lora, rest = read_lora(open_weights(path), alphas_of(path))
     if rest:
         raise BadCheckpoint(
             f"LoRA {str(path)!r} holds {_listed(list(rest.values()))} ({len(rest)} tensors), which it cannot use: "
@@ -260,6 +275,7 @@ def read_lora(
     for changes in experts.values():
         for target, change in changes.items():
             _check_whole(change, changes.get(Target(target.layer, "weight")), weights.path)
+            _check_numbers(change, weights)
     return LoRAFile(weights, experts, alpha, len(without_effect)), {our_name(key): key for key in unknown}
 
 
@@ -318,6 +334,23 @@ def _check_whole(change: Change, pair: Change | None, path: Path) -> None:
         raise BadCheckpoint(f"LoRA {str(path)!r} has a pair and a difference for {change.layer!r}: it is damaged")
 
 
+def _check_numbers(change: Change, weights: WeightFile) -> None:
+    """Raise BadCheckpoint for what holds codes in place of numbers, or nothing."""
+    for role, key in change.keys.items():
+        shape, dtype = weights.shapes()[key], weights.dtypes()[key]
+        if math.prod(shape) and (dtype.is_floating_point or role == "alpha"):
+            continue
+        raise BadCheckpoint(
+            f"LoRA {str(weights.path)!r}: {key!r} is {str(dtype).removeprefix('torch.')} {list(shape)}, nothing that "
+            "can be added to a weight; pass the bf16, fp16 or fp32 file"
+        )
+
+
+def _through(down: Sequence[int], mid: Sequence[int] | None) -> Sequence[int]:
+    """The shape of mid @ down, where a convolution has three factors: the window is that of the middle one."""
+    return down if mid is None or len(mid) == 2 else (mid[0], down[1], *mid[2:])
+
+
 def _pair_shape(down: Sequence[int], up: Sequence[int], shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of up @ down: that of the weight where the numbers agree, else what it looks like."""
     columns = math.prod(down[1:])
@@ -343,30 +376,3 @@ def _said(stored: Mapping[str, tuple[int, ...]]) -> str:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (" ..." if len(names) > 3 else "")
-
-
-def _alphas(path: Path) -> Callable[[str, int], float]:
-    """(layer, rank) -> its alpha by PEFT's configuration inside the file or beside it; the rank where there is none."""
-    stored = read_metadata(path).get(METADATA) if path.suffix in SAFETENSORS else None
-    beside = path.parent / "adapter_config.json"
-    try:
-        config: Any = json.loads(stored) if stored is not None else None
-        if config is None and path.stem == "adapter_model" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadCheckpoint(f"LoRA {str(path)!r}: its PEFT configuration is no JSON ({error})") from error
-    if config is None:
-        return lambda layer, rank: float(rank)
-
-    def by_layer(layer: str, rank: int) -> float:
-        expert = SECOND if layer.startswith(f"{SECOND}.") else FIRST
-        said = {name: config.get(f"{expert}.{name}", config.get(name)) for name in _PEFT}
-        patterns = said["alpha_pattern"] or {}
-        alpha = next(
-            (value for name, value in patterns.items() if flat(layer).endswith(flat(name))), said["lora_alpha"]
-        )
-        if alpha is None:
-            return float(rank)
-        return float(alpha) * (math.sqrt(rank) if said["use_rslora"] else 1.0)
-
-    return by_layer
