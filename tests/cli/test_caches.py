@@ -42,6 +42,16 @@ def test_torch_keeps_its_own_place_if_asked_or_nothing_runs(argv: list[str]) -> 
     assert keep(argv, compile=True) is None
 
 
+def test_the_place_that_torch_writes_for_itself_is_not_the_users(tmp_path: Path) -> None:
+    import torch._inductor.runtime.cache_dir_utils as compiler
+
+    torchs = compiler.cache_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == torchs
+    named = ["--compile_cache_dir", str(tmp_path / "mine")]
+    assert keep(named) == torchs
+    assert str(keep(named, vae_compile=True)).startswith(str(tmp_path / "mine"))
+
+
 def test_the_users_variable_wins_and_a_run_that_compiles_nothing_sets_none() -> None:
     assert keep([]) is None
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = "/theirs"

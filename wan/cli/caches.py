@@ -59,9 +59,9 @@ def keep_compiled(args: argparse.Namespace, plan: Plan) -> None:
 
     Raises BadRequest where `--compile_cache_dir` cannot be used.
     """
-    from wan.engine.optimizations import Compile
+    from wan.engine.compiling import Compiled
 
-    if not plan.get(Compile).enabled:
+    if not any(isinstance(chosen, Compiled) for chosen in plan.enabled()):
         return
     base = folder(args, "compile_cache_dir", COMPILED, make=not args.print_plan)
     if base is None or args.print_plan:

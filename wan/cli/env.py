@@ -27,8 +27,14 @@ def told() -> dict[str, str]:
 
 
 def keep_compiled_in(folder: Path) -> None:
-    """Let torch keep compiled code in `folder`, unless the user has named a place."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    """Let torch keep compiled code in `folder`, unless the user has named a place.
+
+    Importing torch's compiler, which torch does where networks are described, writes torch's own place there.
+    """
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    compiler = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    if named is None or (compiler is not None and named == compiler.default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def prepare() -> None:
