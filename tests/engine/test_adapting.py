@@ -191,6 +191,9 @@ class Two(nn.Module):
     def all_blocks(self) -> list[nn.Module]:
         return list(self.blocks)
 
+    def read_by_trunk(self) -> dict[str, Tensor]:
+        return {}
+
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = self.run_block(block, x)

@@ -222,6 +222,17 @@ def test_weights_are_written_where_they_stay_and_a_block_is_one_copy() -> None:
     assert copied == [1, 1, 1]
 
 
+def test_what_the_trunk_reads_of_a_block_stays_with_the_rest() -> None:
+    model = plain()
+    expected, early = velocity(model), model.read_by_trunk()
+    assert len(early) == len(model.blocks)
+    assert not homes_of(model, model.all_blocks(), pin=False, stay=early).keys() & early.keys()
+    swap = Swap(model.all_blocks(), CPU, prefetch=1, copies=Copies(late=True), stay=early.values())
+    assert not {id(tensor) for tensor in swap.tensors()} & {id(tensor) for tensor in early.values()}
+    model.run_block = swap.wrap(model.run_block)
+    assert torch.equal(velocity(model), expected)
+
+
 def test_an_arena_that_comes_in_pieces_is_copied_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wan.engine.arena.ARENA_BYTES", 2048)
     model = plain()

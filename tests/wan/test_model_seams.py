@@ -38,6 +38,32 @@ def latents(batch: int = 1) -> Tensor:
     return torch.randn(batch, 16, 3, 4, 6)
 
 
+class Modulating(TorchDispatchMode):
+    """Counts additions of rows of modulation: of all six, or of the two scales among them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name, rows = func.__name__.split(".")[0], tuple(out.shape[-2:]) if isinstance(out, Tensor) else ()
+        self.count += (name, rows) in (("add", (6, TINY["dim"])), ("add_", (2, TINY["dim"])))
+        return out
+
+
+@torch.no_grad()
+def test_modulation_of_all_blocks_is_two_additions_and_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for tables so large that they are made block by block: a row a token of a long video."""
+    model, x, given = tiny(num_layers=5), latents(), condition()
+    for timestep in (torch.tensor([500.0]), torch.tensor([[0.0, 500.0, 900.0]])):
+        made = []
+        for limit, launches in ((2**23, 2), (5 * timestep.numel() * 6 * TINY["dim"] - 1, 10)):
+            monkeypatch.setattr("wan.modules.joints.RUN_VALUES", limit)
+            with Modulating() as modulating:
+                made.append(model.velocity(x, timestep, given))
+            assert modulating.count == launches
+        assert torch.equal(*made)
+
+
 # ---- cost ------------------------------------------------------------------------------------------------------------
 
 

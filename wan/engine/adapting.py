@@ -134,6 +134,8 @@ class Adapted:
         self._blocks: dict[nn.Module, _BlockParts] = {}
         self._visiting: set[nn.Module] = set()
         self._outside: list[_Patch] = []
+        self._early: list[_Patch] = []
+        """Of blocks, read before they run: exchanged as what is outside them is."""
         self._factors: dict[tuple[object, ...], Tensor] = {}
         module.run_block = self._wrap(module.run_block)  # type: ignore[assignment,arg-type]
 
@@ -165,7 +167,7 @@ class Adapted:
             for patch in self._all_patches():
                 patch.made = None
         self._visiting = {block for block in self._blocks if self._visits(block)}
-        with self._exchanged(self._outside, keep=True):
+        with self._exchanged([*self._outside, *self._early], keep=True):
             yield
 
     def leave(self) -> None:
@@ -191,7 +193,8 @@ class Adapted:
 
     def _arrange(self, deltas: Sequence[Mapping[str, Delta]]) -> None:
         """Sort what is changed into layers that get thin matrices and tensors that are exchanged, by block."""
-        self._blocks, self._outside = {}, []
+        self._blocks, self._outside, self._early = {}, [], []
+        early = self.module.read_by_trunk()  # type: ignore[operator]
         for key, tensor in self._tensors.items():
             mine = [(number, each[key]) for number, each in enumerate(deltas) if key in each]
             if not mine:
@@ -205,7 +208,8 @@ class Adapted:
                 continue
             scale = self._tensors.get(f"{key}_scale")
             tensors = (tensor,) if scale is None else (tensor, scale)
-            (self._outside if block is None else parts.patches).append(_Patch(tensors, mine))
+            elsewhere = self._early if key in early else self._outside
+            (elsewhere if block is None else parts.patches).append(_Patch(tensors, mine))
 
     def _goes_beside(self, key: str, delta: Delta) -> bool:
         return not self.dense and delta.down is not None and key in self._block_of and key.endswith(".weight")
@@ -233,7 +237,7 @@ class Adapted:
         return tensor.pin_memory() if self._device.type == "cuda" else tensor
 
     def _all_patches(self) -> list[_Patch]:
-        return [*self._outside, *(patch for parts in self._blocks.values() for patch in parts.patches)]
+        return [*self._outside, *self._early, *(patch for parts in self._blocks.values() for patch in parts.patches)]
 
     # Computing -----------------------------------------------------------------------------------------------------
 
@@ -305,7 +309,7 @@ class Adapted:
                     _point(patch.tensors, data)
 
     def _rests_elsewhere(self, block: nn.Module) -> bool:
-        return next(block.parameters()).device.type != self._device.type
+        return any(tensor.device.type != self._device.type for tensor in block.parameters())
 
 
 def _point(tensors: Sequence[Tensor], data: Sequence[Tensor]) -> None:
@@ -314,10 +318,13 @@ def _point(tensors: Sequence[Tensor], data: Sequence[Tensor]) -> None:
 
 
 def blocks_by_key(module: nn.Module, keys: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The block of each of `keys` that belongs to one."""
+    """The block of each of `keys` that belongs to one and is read when it runs."""
     blocks = set(module.all_blocks())  # type: ignore[operator]
     prefixes = {f"{name}.": part for name, part in module.named_modules() if part in blocks}
+    early = module.read_by_trunk()  # type: ignore[operator]
     for key in keys:
+        if key in early:
+            continue
         for prefix, block in prefixes.items():
             if key.startswith(prefix):
                 yield key, block

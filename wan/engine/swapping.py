@@ -9,7 +9,7 @@ call to call, and never addresses. CUDA graphs do hold addresses: a block meets 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -110,12 +110,15 @@ class Swap:
         prefetch: int,
         copies: CopyEngine | None = None,
         others: Sequence[Tensor] = (),
+        stay: Iterable[Tensor] = (),
     ) -> None:
-        """`others` are tensors of the network that stay in RAM and are never fetched."""
+        """`others` are tensors of the network that stay in RAM and are never fetched, `stay` those of blocks that are
+        where the rest of the network is."""
         self._device = device
         self._copies = copies or (StreamCopies(device) if device.type == "cuda" else PlainCopies())
         self._positions = {block: position for position, block in enumerate(blocks)}
-        self._stored = [_stored(tensors_of(block)) for block in blocks]
+        here = set(map(id, stay))
+        self._stored = [_stored([each for each in tensors_of(block) if id(each) not in here]) for block in blocks]
         self._others = tuple(others)
         self._count = num_slots(len(blocks), prefetch)
         self._slots: list[Tensor] = []
@@ -214,10 +217,16 @@ class RowsFromRAM(nn.Embedding):
         return super().forward(numbers.to(self.weight.device)).to(numbers.device)
 
 
-def homes_of(module: nn.Module, blocks: Sequence[nn.Module], *, pin: bool) -> dict[str, Tensor | torch.device]:
-    """Memory for the weights of some blocks of a module on the meta device, by key; a block's lie side by side."""
+def homes_of(
+    module: nn.Module, blocks: Sequence[nn.Module], *, pin: bool, stay: Collection[str] = ()
+) -> dict[str, Tensor | torch.device]:
+    """Memory for the weights of some blocks of a module on the meta device, by key; a block's lie side by side.
+
+    Those that `stay` where the rest of the module goes get none.
+    """
     names = {block: name for name, block in module.named_modules()}
     tensors = {f"{names[block]}.{key}": tensor for block in blocks for key, tensor in block.state_dict().items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in stay}
     arena = Arena(sum(map(aligned, tensors.values())), pin=pin)
     return {key: arena.take(tensor) for key, tensor in tensors.items()}
 

@@ -24,7 +24,7 @@ from wan.engine.ops.linear import gelu_between, linear, project
 from wan.engine.ops.norms import norm_rotate, rms_norm
 from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
 from wan.engine.types import Condition, Layout, token
-from wan.modules.joints import Entrance, leaving
+from wan.modules.joints import Entrance, leaving, modulated
 
 if TYPE_CHECKING:
     from wan.modules.model import WanModel
@@ -97,6 +97,8 @@ class BlockInputs:
     """How adapters run their own blocks."""
     gather: Callable[[Tensor], Tensor] = keep
     """All tokens from local ones, for the rare adapter that needs them."""
+    modulated: Tensor | None = None
+    """`modulation` as the block at hand adds its own to it, see `modulated`; None: it does so itself."""
     given_away: bool = False
     """Whether whoever calls the trunk is through with its tokens, so that they need not be copied to be written."""
 
@@ -113,8 +115,10 @@ class BlockInputs:
 
     def of_samples(self, samples: slice) -> BlockInputs:
         """The inputs of some samples of the batch, all of one branch."""
+        rows = None if self.modulated is None else self.modulated[samples]
         return replace(
-            self, modulation=self.modulation[samples], context=self.context[samples], branches=self.branches[:1],
+            self, modulation=self.modulation[samples], modulated=rows,
+            context=self.context[samples], branches=self.branches[:1],
             features={name: each[samples] for name, each in self.features.items()},
             aligned={name: each[samples] for name, each in self.aligned.items()},
         )  # fmt: skip
@@ -352,12 +356,12 @@ class WanAttentionBlock(nn.Module):
         tokens: Tensor,
         inputs: BlockInputs,
         shift: Tensor,
-        scale: Tensor,
+        weight: Tensor,
         gate: Tensor,
         then: Entrance | None = None,
     ) -> Tensor:
         layer = self.self_attn
-        enter = Entrance(layers=(layer.q, layer.k, layer.v), weight=1 + scale, bias=shift, eps=self.eps)
+        enter = Entrance(layers=(layer.q, layer.k, layer.v), weight=weight, bias=shift, eps=self.eps)
         return self.around_attention(layer, tokens, inputs, enter, leaving(gate, then))
 
     def cross_part(
@@ -381,9 +385,10 @@ class WanAttentionBlock(nn.Module):
 
     def forward(self, tokens: Tensor, inputs: BlockInputs) -> Tensor:
         """tokens float32 [B, L, D] -> the same shape. Without gradients the input is written and comes back."""
-        rows = (self.modulation.float() + inputs.modulation).unbind(2)
+        made = modulated(self.modulation, inputs.modulation) if inputs.modulated is None else inputs.modulated
+        rows = made.unbind(2)
         crossing = self.crossing()
-        feeding = Entrance(layers=(self.ffn[0],), weight=1 + rows[4], bias=rows[3], eps=self.eps)
+        feeding = Entrance(layers=(self.ffn[0],), weight=rows[4], bias=rows[3], eps=self.eps)
         then = self.unbroken(crossing, "after_self_attn", self.around_attention)
         tokens = self.insert("after_self_attn", self.self_part(tokens, inputs, *rows[:3], then), inputs)
         then = self.unbroken(feeding, "after_cross_attn", self.around_ffn)

@@ -1,4 +1,5 @@
-"""How the layers of a block hang on the residual stream: what is added to it, and the norm a layer reads it through.
+"""How the layers of a block hang on the residual stream: what is added to it, the norm a layer reads it through, and
+the modulation of both.
 
 Where nothing stands between two layers, both are one pass over memory.
 
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from wan.engine.ops.float8 import Quantized, all_scaled
@@ -21,12 +23,12 @@ from wan.engine.ops.modulate import (
     layer_norm,
     layer_norm_quantize,
 )
-from wan.engine.ops.rows import accumulate
+from wan.engine.ops.rows import RUN_VALUES, accumulate
 
 if TYPE_CHECKING:
     from wan.modules.blocks import BlockInputs
 
-__all__ = ["Enter", "Entrance", "Leave", "leaving"]
+__all__ = ["Enter", "Entrance", "Leave", "all_modulated", "leaving", "modulated"]
 
 Enter = Callable[[Tensor, "BlockInputs"], Tensor | Quantized]
 Leave = Callable[[Tensor, Tensor, "BlockInputs"], Tensor]
@@ -75,3 +77,20 @@ def leaving(gate: Tensor | None, then: Entrance | None) -> Leave:
         return accumulate(tokens, y) if gate is None else gated_add(tokens, y, gate, inputs.rows)
 
     return leave
+
+
+def modulated(own: Tensor, signal: Tensor) -> Tensor:
+    """A block's modulation [1, 6, D] and a timestep's [B, U, 6, D] together, float32 [B, U, 6, D]; any dims in front.
+
+    Shift, weight (1 + scale) and gate of the self-attention, then those of the feed-forward.
+    """
+    rows = own.float() + signal
+    rows[..., 1::3, :] += 1
+    return rows
+
+
+def all_modulated(own: Sequence[Tensor], signal: Tensor) -> Tensor | None:
+    """`modulated` of several blocks in three launches in place of two each; None if the table would be large."""
+    if len(own) * signal.numel() > RUN_VALUES:
+        return None
+    return modulated(torch.stack(tuple(own))[:, :, None], signal)

@@ -61,7 +61,9 @@ def _in_turns(own: Sequence[BlockInputs]) -> RunBlock:
         made = []
         for index, (part, item) in enumerate(zip(tokens.chunk(len(own)), own, strict=True)):
             aligned = {name: each.chunk(len(own))[index] for name, each in inputs.aligned.items()}
-            made.append(_settled(item.run_block(block, part, replace(item, aligned=aligned)), block, part))
+            rows = None if inputs.modulated is None else inputs.modulated.chunk(len(own))[index]
+            item = replace(item, aligned=aligned, modulated=rows)
+            made.append(_settled(item.run_block(block, part, item), block, part))
         return _in_batch(made, tokens)
 
     return run

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from wan.modules.embedding import (
 )
 from wan.modules.image_embedding import BRANCH, ImageAdapter, ImageCondition, MLPProj
 from wan.modules.image_embedding import NAME as CLIP
+from wan.modules.joints import all_modulated
 from wan.modules.lockstep import Begun, in_one_batch
 
 __all__ = ["FrozenConfig", "Head", "WanModel", "sinusoidal_embedding_1d"]
@@ -200,8 +202,7 @@ class WanModel(nn.Module):
             raise BadRequest(
                 f"latents and conditioning have {latents.shape[1]!r} channels; this model takes {self.in_dim}"
             )
-        dtype = self.patch_embedding.weight.dtype
-        tokens = patchify(latents.to(dtype), self.patch_embedding).float()
+        tokens = patchify(latents.to(self.patch_embedding.weight.dtype), self.patch_embedding).float()
         embedding, constant_rows = self._embed_time(timesteps)
         if constant_rows and rows is None:
             rows = torch.zeros(tokens.shape[1], dtype=torch.long, device=tokens.device)
@@ -233,11 +234,16 @@ class WanModel(nn.Module):
             adapter.sides(tokens, inputs, condition)
         if not inputs.given_away:
             tokens = tokens.clone()  # blocks write their input, a trunk never does: caches compare it with the output
+        rows = all_modulated(list(self.read_by_trunk().values()), inputs.modulation)
         for index, block in enumerate(self.blocks):
-            tokens = inputs.run_block(block, tokens, inputs)
+            tokens = inputs.run_block(block, tokens, inputs if rows is None else replace(inputs, modulated=rows[index]))
             if index in inputs.residuals:
                 tokens = accumulate(tokens, inputs.residuals[index](tokens))
         return tokens
+
+    def read_by_trunk(self) -> dict[str, Tensor]:
+        """What the trunk reads of blocks before they run, by key: small, and where the rest of the network is."""
+        return {f"blocks.{index}.modulation": block.modulation for index, block in enumerate(self.blocks)}  # type: ignore[misc]
 
     def all_blocks(self) -> list[nn.Module]:
         """Main and adapter blocks in the order they run."""

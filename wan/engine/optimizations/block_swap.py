@@ -56,11 +56,15 @@ class BlockSwap(Optimization):
             raise BadRequest(f"--block_swap {self.block_swap}: {component.name!r} has {total} blocks to swap, not more")
 
     def place(self, module: nn.Module, name: str, engine: Engine) -> Mapping[str, Tensor | torch.device]:
-        return homes_of(module, self._blocks(module, name, engine), pin=engine.hardware.is_cuda)
+        blocks = self._blocks(module, name, engine)
+        if not blocks:
+            return {}
+        return homes_of(module, blocks, pin=engine.hardware.is_cuda, stay=module.read_by_trunk())  # type: ignore[operator]
 
     def finish(self, module: nn.Module, name: str, engine: Engine) -> None:
         if blocks := self._blocks(module, name, engine):
-            swap = Swap(blocks, engine.device, prefetch=self.prefetch_blocks)
+            stay = module.read_by_trunk().values()  # type: ignore[operator]
+            swap = Swap(blocks, engine.device, prefetch=self.prefetch_blocks, stay=stay)
             engine.placement.swap(name, swap)
             module.run_block = swap.wrap(module.run_block)  # type: ignore[assignment,arg-type]
             logging.getLogger(__name__).info("%s: %d blocks live in RAM", name, len(blocks))
