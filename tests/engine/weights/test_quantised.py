@@ -19,6 +19,7 @@ from wan.engine.live_bytes import LiveBytes
 from wan.engine.ops.float8 import E4M3, Float8Linear
 from wan.engine.optimizations import FP8, LoRA
 from wan.engine.weights.dialects import DIT, open_network
+from wan.engine.weights.quantised import QuantisedFile
 from wan.engine.weights.quantising import SPELLINGS, QuantisingFile
 from wan.engine.weights.stream import load_into
 from wan.modules.model import WanModel
@@ -87,6 +88,38 @@ def test_scales_that_fit_no_weight_are_refused_by_name(tmp_path: Path, more: dic
     path = saved(tmp_path / "dit.safetensors", more)
     with pytest.raises(BadCheckpoint, match=says):
         list(open_network(path, DIT).stream())
+
+
+@pytest.mark.parametrize(
+    ("note", "says"),
+    [
+        ({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, None),
+        ({"format": "convrot_w4a4"}, "has format 'convrot_w4a4', of which this version reads"),
+        (b"{", "has format None"),
+        (b"[1]", "has format None"),
+    ],
+)
+@pytest.mark.parametrize("place", ["beside", "metadata"])
+def test_a_note_of_another_format_is_refused_before_weights_are_read(
+    tmp_path: Path, place: str, note: dict[str, Any] | bytes, says: str | None
+) -> None:
+    text = note if isinstance(note, bytes) else json.dumps(note).encode()
+    more = {f"{LAYER}.weight_scale": ONE}
+    path, metadata = tmp_path / "dit.safetensors", {}
+    if place == "beside":
+        more[f"{LAYER}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    elif isinstance(note, dict):
+        metadata = {"_quantization_metadata": json.dumps({"layers": {LAYER: note}})}
+    else:
+        metadata = {"_quantization_metadata": text.decode()}
+    save_file({f"{LAYER}.weight": CODES, **more}, str(path), metadata=metadata)
+    weights = open_network(path, DIT)
+    assert isinstance(weights, QuantisedFile)
+    if says is None:
+        weights.check_scales()
+        return
+    with pytest.raises(BadCheckpoint, match=rf"dit\.safetensors'.*{says}.*pass the bf16 or fp16 file"):
+        weights.check_scales()
 
 
 def test_layers_of_the_blocks_are_held_in_8_bits_but_those_to_keep(tiny_checkpoint: Path, tiny_config: Any) -> None:

@@ -199,7 +199,7 @@ class LoRAFile:
         keys = self._changes[target].keys
         read = dict(self._weights.stream(keys.values()))
         for role, stored in keys.items():
-            if role != "alpha" and not read[stored].float().isfinite().all():
+            if role != "alpha" and not all(end.isfinite() for end in read[stored].float().aminmax()):
                 raise self._bad(stored, "holds NaN or infinity")
         parts = {role: read[stored] for role, stored in keys.items()}
         if "diff" in parts:

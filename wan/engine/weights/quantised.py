@@ -12,16 +12,19 @@ The value of a weight is codes * scale in all of them. Scales of inputs are not 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wan.engine.errors import BadCheckpoint
 from wan.engine.ops.float8 import Coded
+from wan.engine.weights.files import SAFETENSORS, read_metadata
 from wan.engine.weights.stream import WeightFile
 
 __all__ = ["QuantisedFile", "is_float8", "refuse_packed"]
@@ -29,7 +32,10 @@ __all__ = ["QuantisedFile", "is_float8", "refuse_packed"]
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _PACKED = (torch.int8, torch.uint8)
 _SCALE = re.compile(r"(?P<layer>.+)\.(scale_weight|weight_scale)")
-_NOTE = re.compile(r"(.*\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")
+_COMFY, _METADATA = "comfy_quant", "_quantization_metadata"
+"""Where ComfyUI says how a layer is quantised: in a tensor beside it, or for all in the file's metadata."""
+_FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_NOTE = re.compile(rf"(.*\.)?(scaled_fp8|scale_input|input_scale|{_COMFY})")
 _OTHER = re.compile(r"(.*\.)?(weight_scale_2|\w+_(weight_scale|global_scale)|pre_quant_scale)")
 """Scales of packed 4-bit weights."""
 
@@ -48,6 +54,15 @@ def refuse_packed(weights: WeightFile, spare: Iterable[str] = ()) -> None:
                 f"{str(weights.path)!r} is a quantised {kind} file ({key!r} is {kind}), which this version cannot "
                 "use; pass the fp8, bf16 or fp16 file of the same model"
             )
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object in a note; {} where there is none."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class QuantisedFile(WeightFile):
@@ -82,9 +97,16 @@ class QuantisedFile(WeightFile):
             del tensor  # not kept alive while the next one is read
 
     def check_scales(self) -> None:
-        """Raise BadCheckpoint for a scale that is none, naming it. Reads scales, which are small, and no weight."""
+        """Raise BadCheckpoint for a scale that is none, or a note of another format. Reads them and no weight."""
         for name, scale in self._stored.stream(self._scales.values()):
             self._check(name, scale.float())
+        for name, note in self._stored.stream(key for key in self._stored.shapes() if key.endswith(f".{_COMFY}")):
+            self._check_format(name, note.flatten().to(torch.uint8).numpy().tobytes())
+        about = read_metadata(self.path).get(_METADATA) if self.path.suffix in SAFETENSORS else None
+        if about is not None:
+            layers = _object(about).get("layers")
+            for name, said in (layers if isinstance(layers, dict) else {_METADATA: about}).items():
+                self._check_format(name, json.dumps(said).encode())
 
     def told(self) -> str:
         """How the file has its weights in 8 bits, in words; "" where it has none."""
@@ -123,6 +145,11 @@ class QuantisedFile(WeightFile):
     def _check(self, name: str, scale: Tensor) -> None:
         if not (scale.isfinite() & (scale > 0)).all():
             raise self._bad(name, "holds numbers that no scale can be (zero, negative or not finite)")
+
+    def _check_format(self, name: str, note: bytes) -> None:
+        said = _object(note).get("format")
+        if said not in _FORMATS:
+            raise self._bad(name, f"has format {said!r}, of which this version reads {' and '.join(_FORMATS)}")
 
     def _bad(self, key: str, what: str) -> BadCheckpoint:
         return BadCheckpoint(
