@@ -41,6 +41,7 @@ UPSTREAM: Settings = {
     "compile_dynamic": None, "cudnn_benchmark": False, "deterministic": False, "lora": (),
     "lora_high": (), "lora_low": (), "lora_mode": "auto", "lora_timing": False,
     "use_batched_cfg": False, "lockstep_cfg": False, "share_first_block": False, "keep_text_keys": False,
+    "fuse_qkv": False,
     "offload_model": None, "t5_cpu": False, "vae_cpu": False,
     "vae_dtype": "fp32", "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True,
     "vae_channels_last": False, "vae_subpixel": False, "vae_matmul_attention": False, "vae_frames_per_call": 0,

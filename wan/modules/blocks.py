@@ -30,15 +30,9 @@ if TYPE_CHECKING:
     from wan.modules.model import WanModel
 
 __all__ = [
-    "Adapter",
-    "BlockInputs",
-    "WanAttentionBlock",
-    "WanCrossAttention",
-    "WanI2VCrossAttention",
-    "WanLayerNorm",
-    "WanRMSNorm",
-    "WanSelfAttention",
-]
+    "Adapter", "BlockInputs", "WanAttentionBlock", "WanCrossAttention", "WanI2VCrossAttention", "WanLayerNorm",
+    "WanRMSNorm", "WanSelfAttention",
+]  # fmt: skip
 
 SITES = ("after_self_attn", "after_cross_attn", "after_ffn")
 
@@ -191,7 +185,7 @@ class WanLayerNorm(nn.LayerNorm):
 
 
 class WanSelfAttention(nn.Module):
-    """Attention of the tokens among themselves. `attend` may be replaced or wrapped from outside."""
+    """Attention of the tokens among themselves. `attend` and `project` may be replaced or wrapped from outside."""
 
     role = "self"
 
@@ -210,6 +204,7 @@ class WanSelfAttention(nn.Module):
         self.norm_q = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.norm_k = WanRMSNorm(dim, eps) if qk_norm else nn.Identity()
         self.extras = nn.ModuleDict()
+        self.project = project
         self.attend: Attend = sdpa if tuple(window_size) == (-1, -1) else partial(masked, window_size=window_size)
 
     def heads(self, x: Tensor) -> Tensor:
@@ -237,12 +232,14 @@ class WanSelfAttention(nn.Module):
         return linear(out.flatten(2).to(inputs.context.dtype), self.o)
 
     def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
-        q, k, v = project(x, self.q, self.k, self.v)
+        q, k, v = self.project(x, self.q, self.k, self.v)
         del x  # as below: each is as large as the tokens, and not needed any more
         q = self.normed(q, self.norm_q, inputs.rope)
         k = self.normed(k, self.norm_k, inputs.rope)
         out = self.attend(q, k, self.heads(v), inputs.layout)
         del k, v
+        if not self.extras:
+            q = out  # nobody reads queries any more, which may lie in one piece of memory with keys and values
         return self.merge(out, q, inputs)
 
 

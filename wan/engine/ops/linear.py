@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, TypeGuard
 
@@ -20,6 +20,52 @@ def project(x: Tensor | Quantized, *layers: Callable[..., Tensor]) -> tuple[Tens
     if not isinstance(x, Quantized) and all_scaled(layers):
         x = Quantized(*quantize_rows(x), x.dtype)
     return tuple(linear(x, layer) for layer in layers)
+
+
+class Joined:
+    """`project` for layers whose weights lie side by side in memory: one product instead of one for each.
+
+    The weights stay the layers' own parameters, views of one tensor. Where another form has taken a layer's place, or
+    other memory a weight's (a LoRA's, while it computes), the layers are called one by one.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        """Puts the weights side by side, unless they are."""
+        self._layers = tuple(layers)
+        self._sizes = [layer.out_features for layer in layers]
+        with torch.inference_mode(False), torch.no_grad():
+            self._whole = nn.Linear(layers[0].in_features, sum(self._sizes), device="meta")
+            self._whole.weight = _side_by_side([layer.weight for layer in layers])
+            self._whole.bias = _side_by_side([layer.bias for layer in layers])
+        self._places = self._where()
+
+    @staticmethod
+    def can_join(layers: Sequence[nn.Module]) -> bool:
+        """Whether these are plain layers of one width, dtype and device."""
+        plain = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
+        kinds = {(layer.in_features, layer.weight.dtype, layer.bias.dtype, layer.weight.device) for layer in plain}
+        return len(plain) == len(layers) and len(kinds) == 1
+
+    def __call__(self, x: Tensor | Quantized, *layers: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        if layers != self._layers or isinstance(x, Quantized) or self._where() != self._places:
+            return project(x, *layers)
+        return linear(x, self._whole).split(self._sizes, dim=-1)
+
+    def _where(self) -> list[int]:
+        return [each.data_ptr() for layer in self._layers for each in (layer.weight, layer.bias)]
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> nn.Parameter:
+    """All of them along dim 0 in one piece of memory, of which they are views from now on."""
+    first, sizes = tensors[0], [len(each) for each in tensors]
+    ends = [each.data_ptr() + each.nbytes for each in tensors]
+    one = len({each.untyped_storage().data_ptr() for each in tensors}) == 1
+    if one and all(each.data_ptr() == end for each, end in zip(tensors[1:], ends, strict=False)):
+        return nn.Parameter(first.as_strided((sum(sizes), *first.shape[1:]), first.stride()), requires_grad=False)
+    whole = torch.cat(list(tensors))
+    for tensor, part in zip(tensors, whole.split(sizes), strict=True):
+        tensor.data = part
+    return nn.Parameter(whole, requires_grad=False)
 
 
 def gelu_between(x: Tensor | Quantized, expand: nn.Module, contract: nn.Module) -> Tensor | Quantized:

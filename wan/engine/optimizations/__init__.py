@@ -11,6 +11,7 @@ from wan.engine.optimizations.context_windows import ContextWindows
 from wan.engine.optimizations.dtype import Precision, ResidualPrecision
 from wan.engine.optimizations.few_step import FewStep
 from wan.engine.optimizations.fp8 import FP8, T5FP8
+from wan.engine.optimizations.fused_qkv import FusedQKV
 from wan.engine.optimizations.guidance import APG, CFGInterval, CFGZeroStar, FreSca, GuidanceRescale
 from wan.engine.optimizations.kernels import Kernels
 from wan.engine.optimizations.lockstep_cfg import LockstepCFG
@@ -35,7 +36,7 @@ from wan.engine.plan import Optimization
 __all__ = [
     "APG", "Attention", "AttentionRows", "BF16Reduction", "BatchedCFG", "BlockSwap", "CFGInterval", "CFGZeroStar",
     "Compile", "ContextWindows", "CudnnBenchmark", "Deterministic", "EnhanceVideo", "FFNRows", "FP8", "FewStep",
-    "FreSca", "GuidanceRescale", "Kernels", "LoRA", "LockstepCFG", "NAG", "Offload", "Precision", "RIFLEx",
+    "FreSca", "FusedQKV", "GuidanceRescale", "Kernels", "LoRA", "LockstepCFG", "NAG", "Offload", "Precision", "RIFLEx",
     "ResidualPrecision", "SharedFirstBlock", "SkipLayers", "StepCache", "StreamT5", "T5CPU", "T5FP8", "TF32",
     "TextKeys", "VAECPU", "VAEChannelsLast", "VAECompile", "VAEFrames", "VAEMatmulAttention", "VAEPrecision",
     "VAESubpixel", "VAETiling", "registry",
