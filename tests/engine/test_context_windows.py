@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +12,18 @@ import torch
 from torch import Tensor
 
 import wan
+from wan.components import dummy_components
+from wan.configs import WAN_CONFIGS
 from wan.engine.errors import BadRequest
+from wan.engine.live_bytes import peak_live_bytes
 from wan.engine.ops.rope import axis_table, bands, grid_table
+from wan.engine.optimizations import ContextWindows
 from wan.engine.optimizations.riflex import slowed_table
+from wan.engine.prediction import SOLVED, Video, predict
+from wan.engine.roofline import CARDS
+from wan.engine.types import Condition, Denoiser, Shot, Step
+from wan.modules.model import WanModel
+from wan.sizes import models_of
 
 CALL: dict[str, Any] = {
     "size": (32, 32), "frame_num": 33, "sampling_steps": 3, "seed": 1, "shift": 3.0, "guide_scale": 4.0,
@@ -49,6 +60,66 @@ def test_a_long_video_has_its_length_and_no_forward_sees_more_than_a_window(pipe
     assert video.shape[1] == 33 and torch.isfinite(video).all()
     assert {tokens for tokens, _ in seen} == {4 * 2 * 2} and len(seen) > 1
     assert pipe.report.forwards[-1].describe().count("cond") == 4, "a step's windows are one forward of the plan"
+
+
+def test_a_forward_costs_the_same_from_81_to_1025_frames() -> None:
+    """Counted on the meta device at the widths of A14B, 832x480, one block of forty: no forward sees more tokens than
+    81 frames have, and what is alive at the peak grows by what a video of that length itself is. Beside an expert's
+    weights that is less than 5 %.
+    """
+    with torch.device("meta"):
+        dit = WanModel(dim=5120, ffn_dim=13824, freq_dim=256, num_heads=40, num_layers=1).bfloat16()
+        text = Condition(context=torch.empty(1, 512, 4096, dtype=torch.bfloat16))
+    step, seen = Step(0, 1, 500.0, 0.5, 0.0), set[tuple[int, ...]]()
+
+    def peak(frames: int, schedule: Any) -> int:
+        def inner(latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+            seen.add(tuple(latents.shape))
+            if step.window and step.window[-1] != frames // 4:  # the last one is computed, with the others' beside it
+                return {name: torch.empty_like(latents) for name in branches}
+            t = torch.full((1,), step.t, device="meta")
+            return {name: dit.velocity(latents, t, branch, step) for name, branch in branches.items()}
+
+        latents = torch.empty(1, 16, frames // 4 + 1, 60, 104, device="meta")
+        windowed = through_windows(inner, schedule)
+        return peak_live_bytes(lambda: windowed(latents, step, {"cond": text, "uncond": text}))
+
+    models = models_of(dummy_components(WAN_CONFIGS["t2v-A14B"]))
+    short = peak(81, "uniform")
+    for schedule, frames in (("uniform", 1025), ("looped", 161), ("static", 161)):
+        video = 4 * 16 * (frames // 4 + 1) * 60 * 104
+        grown = peak(frames, schedule) - short
+        assert grown < 2.1 * video, "two branches"
+        assert grown + SOLVED * video < 0.05 * (short + models.transformer.num_bytes)
+    assert seen == {(1, 16, 21, 60, 104)}
+    predicted = [
+        predict(models, Video(width=832, height=480, frames=frames, window=81, overlap=16), CARDS[0], {})
+        for frames in (81, 1025)
+    ]
+    on_card = [sum(each.phases["denoise"].values()) for each in predicted]
+    assert on_card[0] < on_card[1] < 1.05 * on_card[0]
+    assert predicted[1].seconds_per_step == pytest.approx(16 * predicted[0].seconds_per_step)
+
+
+def through_windows(inner: Denoiser, schedule: Any) -> Denoiser:
+    """A denoiser as a run with windows of 81 frames has it."""
+    made: dict[str, Any] = {}
+    engine = SimpleNamespace(
+        split_prompts=lambda split: None,
+        change_noise=lambda change: None,
+        wrap_segment=lambda wrapper: made.update(segment=wrapper),
+        wrap_denoiser=lambda factory: made.update(wrap=factory),
+    )
+    ContextWindows(context_frames=81, context_schedule=schedule).apply(engine)  # type: ignore[arg-type]
+    run = SimpleNamespace(scenes=(), branches={}, shot=Shot(latent_shape=(16, 0, 60, 104)))
+
+    def denoise(latents: Tensor, step: Step, branches: Mapping[str, Condition]) -> dict[str, Tensor]:
+        run.branches = dict(branches)
+        with made["segment"](None, run):
+            found: dict[str, Tensor] = made["wrap"](inner, None, None)(latents, step, branches)
+        return found
+
+    return denoise
 
 
 def test_a_video_of_one_window_is_the_plain_video_bit_for_bit(pipe: Any) -> None:

@@ -17,7 +17,7 @@ from wan.cli.memory import available_ram
 from wan.cli.quality_sets import may_use
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
-from wan.engine.optimizations import FP8, T5FP8, FewStep, LoRA, Precision
+from wan.engine.optimizations import FP8, T5FP8, ContextWindows, FewStep, LoRA, Precision
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
 from wan.engine.roofline import Card, card_for, card_of
@@ -224,7 +224,8 @@ def video_of(wanted: Wanted, plan: Plan) -> Video:
     video = Video(
         width=wanted.width, height=wanted.height, frames=clip or extended or wanted.num_frames, steps=wanted.steps,
         forwards=1 if set(scales) == {1} else 2, encodes=wanted.inputs is not None and bool(wanted.inputs.files),
-        more_tokens=2 * frame if clip else 0,
+        more_tokens=2 * frame if clip else 0, window=plan.get(ContextWindows).context_frames,
+        overlap=plan.get(ContextWindows).context_overlap,
     )  # fmt: skip
     if not (few := plan.get(FewStep)).enabled:
         return video

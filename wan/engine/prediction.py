@@ -78,7 +78,8 @@ class Video:
     """What is made, as far as it costs. `frames` are those computed together; `more_tokens` do not belong to them.
 
     `encodes`: the VAE encodes pictures or frames first. `forwards` are those of a step; where only some steps take so
-    many, `guided` is how many do, and the others take one.
+    many, `guided` is how many do, and the others take one. A forward sees at most `window` frames (0: all), of which
+    neighbours share `overlap`.
     """
 
     width: int
@@ -90,6 +91,8 @@ class Video:
     texts: int = 2
     encodes: bool = False
     more_tokens: int = 0
+    window: int = 0
+    overlap: int = 0
 
     @property
     def size(self) -> Size:
@@ -101,7 +104,14 @@ class Video:
 
     def tokens(self, models: Models) -> int:
         """Tokens of a forward."""
-        return math.prod(self.latent(models.vae)) // math.prod(models.transformer.patch) + self.more_tokens
+        seen = replace(self, frames=min(self.frames, self.window or self.frames)).latent(models.vae)
+        return math.prod(seen) // math.prod(models.transformer.patch) + self.more_tokens
+
+    @property
+    def windows(self) -> int:
+        """Forwards that see the whole video once."""
+        beyond = self.frames - self.window
+        return 1 if not self.window or beyond <= 0 else 1 + math.ceil(beyond / max(1, self.window - 1 - self.overlap))
 
 
 PLAIN: Mapping[str, Any] = {
@@ -207,6 +217,8 @@ class _Work(NamedTuple):
     """Of the options those that the part may look at; networks have the dtypes of all."""
 
 
+SOLVED = 4
+"""Latents, and what UniPC remembers of a step."""
 _TEXT = ("t5_cpu", "stream_t5")
 _SWAP = ("block_swap", "prefetch_blocks", "fp8")
 _BRANCHES = ("use_batched_cfg", "lockstep_cfg")
@@ -299,7 +311,10 @@ def _forward(work: _Work) -> dict[str, int]:
     # The first block of a side stack holds the tokens it was given, those it makes, and its input in the blocks' dtype;
     # in step also what it made for the other branches.
     parts |= {"activations": live + batch * (2 * at_once - 1) * net.side_streams * one}
-    parts |= {"step cache": video.forwards * one} if keeps else {}
+    parts |= {"step cache": video.forwards * video.windows * one} if keeps else {}
+    if video.windows > 1:  # latents count where a forward does not grow with them: what each branch makes of them too
+        latents = 4 * models.vae.z_dim * math.prod(video.latent(models.vae))
+        parts["latents"] = (SOLVED + video.forwards) * latents
     parts |= {"first block": one} if given["share_first_block"] else {}
     texts = 2 * net.num_blocks * (net.text_len + net.image_tokens) * net.dim * net.element_size
     return parts | ({"text keys": video.forwards * texts} if given["keep_text_keys"] else {})
@@ -333,7 +348,7 @@ def _step_seconds(work: _Work) -> tuple[float, float]:
     swapped = _count(given["block_swap"], models)
     copied = swapped * net.swapped_bytes / card.copy_rate
     busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
-    return max(busy, copied) * math.ceil(video.forwards / batch / at_once), computed
+    return max(busy, copied) * math.ceil(video.forwards / batch / at_once) * video.windows, computed
 
 
 def _text(work: _Work) -> tuple[dict[str, int], float]:

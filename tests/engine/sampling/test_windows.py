@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from wan.engine.sampling.windows import halving, mean_of, of_window, shuffled_noise, weights, windows
+from wan.engine.sampling.windows import Mean, halving, of_window, shuffled_noise, weights, windows
 
 SIZES = [(57, 21, 4), (22, 21, 4), (42, 21, 0), (57, 5, 4), (10, 5, 1), (3, 2, 1), (57, 2, 0)]
 """(frames, size, overlap)."""
@@ -59,8 +59,10 @@ def test_windows_that_agree_are_joined_to_what_they_say(fuse: str) -> None:
     whole = torch.randn(1, 2, 12, 3, 3, dtype=torch.float64)
     for schedule in ("uniform", "looped", "static"):
         found = windows(schedule, 12, 5, 2, 1)
-        parts = [(window, whole[:, :, list(window)], weights(window, 12, 2, fuse)) for window in found]
-        torch.testing.assert_close(mean_of(parts, whole), whole)
+        mean = Mean(whole)
+        for window in found:
+            mean.add(window, whole[:, :, list(window)], weights(window, 12, 2, fuse))
+        torch.testing.assert_close(mean.value(), whole)
 
 
 def test_later_windows_begin_from_the_first_ones_noise_in_another_order() -> None:

@@ -15,7 +15,7 @@ from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
 from wan.engine.plan import Optimization, Order
-from wan.engine.sampling.windows import Window, mean_of, of_window, shuffled_noise, weights, windows
+from wan.engine.sampling.windows import Mean, Window, of_window, shuffled_noise, weights, windows
 from wan.engine.types import Condition, Denoiser, Denoising, Request, Segment, Step
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class _View:
         count = latents.shape[2]
         if count <= self.options.size and len(scenes) == 1:
             return self._inner(latents, step, branches)
-        found: dict[str, list[tuple[Window, Tensor, list[float]]]] = {name: [] for name in branches}
+        joined = {name: Mean(latents) for name in branches}
         kept: dict[tuple[int, str, Window], Condition] = {}
         for window, share in self._windows(count, step):
             scene = of_window(scenes, window, count)
@@ -120,10 +120,10 @@ class _View:
             part = dataclasses.replace(step, window=window, frame_t=frame_t)
             seen = latents.index_select(2, torch.tensor(window, device=latents.device))
             for name, velocity in self._inner(seen, part, shown).items():
-                found[name].append((window, velocity, share))
+                joined[name].add(window, velocity, share)
                 shown[name].share_memo(scenes[scene][name])
         self._conditions = kept
-        return {name: mean_of(parts, latents) for name, parts in found.items()}
+        return {name: mean.value() for name, mean in joined.items()}
 
     def _windows(self, count: int, step: Step) -> Iterator[tuple[Window, list[float]]]:
         """The windows of a step, frames that all of them see first, and how much each of their frames counts."""

@@ -82,12 +82,20 @@ def of_window(scenes: Sequence[object], window: Iterable[int], count: int) -> in
     return min(len(scenes) - 1, int(max(window) * len(scenes) / count))
 
 
-def mean_of(parts: Iterable[tuple[Window, Tensor, Sequence[float]]], like: Tensor) -> Tensor:
-    """The weighted mean of what windows [B, C, n, H, W] say about each frame of `like`."""
-    total, weight = torch.zeros_like(like), torch.zeros(like.shape[2], dtype=like.dtype, device=like.device)
-    for window, values, each in parts:
-        index = torch.tensor(window, device=like.device)
-        share = torch.tensor(each, dtype=like.dtype, device=like.device)
-        total.index_add_(2, index, values * share.view(1, 1, -1, 1, 1))
-        weight.index_add_(0, index, share)
-    return total / weight.view(1, 1, -1, 1, 1)
+class Mean:
+    """The weighted mean of what windows say about each frame of `like` [B, C, T, H, W]; holds no more than one."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._total = torch.zeros_like(like)
+        self._weight = torch.zeros(like.shape[2], dtype=like.dtype, device=like.device)
+
+    def add(self, window: Window, values: Tensor, shares: Sequence[float]) -> None:
+        """What a window says, [B, C, n, H, W], and how much each of its frames counts."""
+        index = torch.tensor(window, device=values.device)
+        share = torch.tensor(shares, dtype=self._total.dtype, device=values.device)
+        self._total.index_add_(2, index, values * share.view(1, 1, -1, 1, 1))
+        self._weight.index_add_(0, index, share)
+
+    def value(self) -> Tensor:
+        """The mean; nothing is added afterwards, it is made in place."""
+        return self._total.div_(self._weight.view(1, 1, -1, 1, 1))
