@@ -15,7 +15,7 @@ from wan.engine.budget import CHOSEN, Planner, Wishes, describe_budget
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.optimizations import FP8
 from wan.engine.prediction import PLAIN, Models, Video, predict
-from wan.engine.roofline import CARDS, GB
+from wan.engine.roofline import CARDS, COMPILED_LAUNCH_S, GB, Card, forward_seconds
 from wan.sizes import models_of
 
 BUDGETS = [6, 8, 12, 16, 24, 32, 40, 48, 80]
@@ -173,3 +173,32 @@ def test_branches_go_in_step_where_copies_would_not_hide_and_need_half_of_them()
     chosen = Planner(models(task), picture, CARD, EVERYTHING).choose(12 * GB)
     assert chosen.values["lockstep_cfg"] and chosen.reasons["lockstep_cfg"].endswith("s faster a video")
     assert not Planner(models(task), clip, CARD, EVERYTHING).choose(12 * GB).values["lockstep_cfg"]
+
+
+COMPILING = Wishes(available=frozenset({"cuda_graphs"}), others={"compile": True})
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
+def test_graphs_are_chosen_where_launching_takes_longest_and_never_for_a_published_video(card: Card) -> None:
+    """Predicted: on every card, blocks of all published networks and sizes take longer than their launches."""
+    for task in WAN_CONFIGS:
+        for size in SUPPORTED_SIZES[task]:
+            found = Planner(models(task), video(task, size), card, COMPILING).choose(10**15)
+            assert found.values["cuda_graphs"] is task.endswith("demo")
+            assert (found.reasons["cuda_graphs"] == "nothing gained") is not task.endswith("demo")
+    picture = Video(width=256, height=256, frames=1, steps=50)
+    planner = Planner(models("t2v-1.3B"), picture, card, COMPILING)
+    launching = 30 * COMPILED_LAUNCH_S
+    computing = forward_seconds(planner.models.transformer, 256, card, compiled=True, launched=False)
+    found = planner.choose(10**15)
+    assert found.values["cuda_graphs"] is (launching > computing)
+    if found.values["cuda_graphs"]:
+        assert found.seconds_per_step == pytest.approx(2 * computing)
+        assert found.reasons["cuda_graphs"].endswith(" s faster a video")
+
+
+@pytest.mark.parametrize("moving", [{"offload_model": True}, {"block_swap": 3}, {"lockstep_cfg": True}], ids=str)
+def test_graphs_hold_addresses_so_they_gain_nothing_where_weights_move(moving: dict[str, Any]) -> None:
+    wishes = replace(COMPILING, pinned=moving, others={"compile": True, **moving})
+    found = Planner(models("t2v-1.3B"), Video(width=256, height=256, frames=1, steps=50), H100, wishes).choose(10**15)
+    assert found.values["cuda_graphs"] is False

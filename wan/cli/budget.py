@@ -17,7 +17,7 @@ from wan.cli.memory import available_ram
 from wan.cli.quality_sets import may_use
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
-from wan.engine.optimizations import FP8, T5FP8, ContextWindows, FewStep, LoRA, Precision
+from wan.engine.optimizations import FP8, T5FP8, Compile, ContextWindows, FewStep, LoRA, Precision
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
 from wan.engine.roofline import Card, card_for, card_of
@@ -155,6 +155,9 @@ def planner_of(
         pinned["fp8"] = fp8.fp8  # a preset's too: what changes the picture is nobody's but the user's to choose
     elif not fp8.allowed:
         names -= {"fp8"}
+    compiling = plan.get(Compile)
+    if not (compiling.compile and compiling.mode == "default" and compiling.cuda_graphs is None and hardware.is_cuda):
+        names -= {"cuda_graphs"}
     card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
     return _planner(wanted, plan, hardware, card, names, pinned, video)
 

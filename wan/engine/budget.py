@@ -15,7 +15,7 @@ from typing import Any
 
 from wan.engine.errors import IncompatibleOptions
 from wan.engine.prediction import PLAIN, Models, Prediction, Predictor, Video
-from wan.engine.roofline import GB, Card
+from wan.engine.roofline import GB, Card, forward_seconds
 
 TILES = (64, 48, 32, 24, 16)
 STEP = GB // 10
@@ -31,7 +31,7 @@ SAVERS = (
     "offload_model", "vae_cpu", "t5_cpu", "stream_t5", "block_swap", "ffn_rows", "attention_rows", "vae_tiling",
     "vae_tile_size", "fp8",
 )  # fmt: skip
-CHOSEN = (*SAVERS, "use_batched_cfg", "lockstep_cfg")
+CHOSEN = (*SAVERS, "use_batched_cfg", "lockstep_cfg", "cuda_graphs")
 """The options it chooses; of the others it takes what the plan has."""
 _DOING = {
     "text": "encode the text", "encode": "encode the pictures", "denoise": "denoise", "decode": "decode",
@@ -134,10 +134,19 @@ class Planner:
                 {"use_batched_cfg": True, "lockstep_cfg": False},
             ],
             [{"vae_tiling": False}, *({"vae_tiling": True, "vae_tile_size": tile} for tile in TILES)],
+            [{"cuda_graphs": False}, *([{"cuda_graphs": True}] if self._few_tokens() else [])],
             [{"fp8": "off"}, *([] if self.models.float8 is None else [{"fp8": "weight"}])],
         )
         for rungs in itertools.product(*map(self._allowed, ladders)):
             yield {name: value for rung in rungs for name, value in rung.items()}
+
+    def _few_tokens(self) -> bool:
+        """Whether launching the kernels of compiled blocks takes longer than computing them."""
+        net, tokens = self.models.transformer, self.video.tokens(self.models)
+        launched, replayed = (
+            forward_seconds(net, tokens, self.card, compiled=True, launched=launched) for launched in (True, False)
+        )
+        return launched > replayed
 
     def _allowed(self, ladder: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The rungs whose options exist, with what the user pinned in place of theirs, each once."""
@@ -172,7 +181,8 @@ class Planner:
             if without.peak_bytes > budget:
                 reasons[name] = f"else {gigabytes(without.peak_bytes)} to {_DOING[without.peak_phase]}"
             else:
-                reasons[name] = f"{without.total_seconds - found.total_seconds:.1f} s faster a video"
+                gained = without.total_seconds - found.total_seconds
+                reasons[name] = f"{gained:.{1 if gained >= 0.1 else 3}f} s faster a video"
         return reasons
 
     def _refusal(self, budget: int) -> IncompatibleOptions:

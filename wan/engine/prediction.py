@@ -118,8 +118,8 @@ PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "lockstep_cfg": False,
     "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False,
-    "cache": "off", "fp8": "off", "share_first_block": False, "keep_text_keys": False, "residual_dtype": "float32",
-    "vae_frames_per_call": 0,
+    "cuda_graphs": False, "cache": "off", "fp8": "off", "share_first_block": False, "keep_text_keys": False,
+    "residual_dtype": "float32", "vae_frames_per_call": 0,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -222,9 +222,9 @@ SOLVED = 4
 _TEXT = ("t5_cpu", "stream_t5")
 _SWAP = ("block_swap", "prefetch_blocks", "fp8")
 _BRANCHES = ("use_batched_cfg", "lockstep_cfg")
-_DENOISE = (*_SWAP, *_BRANCHES, "compile")
+_DENOISE = (*_SWAP, *_BRANCHES, "compile", "cuda_graphs", "offload_model")
 _KEPT = ("cache", "share_first_block", "keep_text_keys", "residual_dtype")
-_FORWARD = (*_DENOISE, *_KEPT, "ffn_rows", "attention_rows", "offload_model")
+_FORWARD = (*_DENOISE, *_KEPT, "ffn_rows", "attention_rows")
 _CODING = ("vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_dtype", "vae_frames_per_call")
 _PLACES = (*_TEXT, *_SWAP, "offload_model", "vae_cpu", "vae_dtype")
 _OVERHEAD = {"context and libraries": CONTEXT_BYTES + WORKSPACE_BYTES}
@@ -343,12 +343,20 @@ def _step_seconds(work: _Work) -> tuple[float, float]:
     """(seconds of a step, of what is computed while each block is there once); swapped blocks are spread evenly."""
     models, video, card, given = work
     net, tokens, batch, at_once = models.transformer, video.tokens(models), _batch(video, given), _in_step(video, given)
-    computed = forward_seconds(net, tokens, card, batch=batch, compiled=bool(given["compile"]))
+    launched = not (given["cuda_graphs"] and _in_place(work))
+    computed = forward_seconds(net, tokens, card, batch=batch, compiled=bool(given["compile"]), launched=launched)
     computed = at_once * (computed + 2 * batch * tokens * models.lora.elements / (GEMM * card.bf16))
     swapped = _count(given["block_swap"], models)
     copied = swapped * net.swapped_bytes / card.copy_rate
     busy = computed * (1 + SWAP_SHARE * swapped / net.swappable)
     return max(busy, copied) * math.ceil(video.forwards / batch / at_once) * video.windows, computed
+
+
+def _in_place(work: _Work) -> bool:
+    """Whether blocks are compiled and weights stay where they are: a graph that is replayed holds addresses."""
+    given = work.given
+    moving = given["offload_model"] or given["lockstep_cfg"] or _count(given["block_swap"], work.models)
+    return bool(given["compile"]) and not moving and not work.models.lora.host
 
 
 def _text(work: _Work) -> tuple[dict[str, int], float]:

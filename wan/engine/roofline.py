@@ -165,8 +165,14 @@ def forward(net: Transformer, tokens: int, *, compiled: bool = False) -> Forward
     )
 
 
-def forward_seconds(net: Transformer, tokens: int, card: Card, *, batch: int = 1, compiled: bool = False) -> float:
-    """Seconds of one forward of `batch` samples whose weights are on the card."""
+def forward_seconds(
+    net: Transformer, tokens: int, card: Card, *, batch: int = 1, compiled: bool = False, launched: bool = True
+) -> float:
+    """Seconds of one forward of `batch` samples whose weights are on the card.
+
+    Few tokens take less time than the host needs to launch their kernels, unless those are replayed as a CUDA graph,
+    which is not `launched`.
+    """
     cost = forward(net, tokens, compiled=compiled)
     rate = card.bf16 if net.element_size == 2 else card.tf32
     busy = (
@@ -177,9 +183,8 @@ def forward_seconds(net: Transformer, tokens: int, card: Card, *, batch: int = 1
     )
     made = 0 if net.scaled else net.coded * (1 + 2 * net.element_size)  # codes read, numbers written and read
     weights = net.num_bytes / (HBM * card.hbm)
-    return max(
-        batch * busy + made / (HBM * card.hbm), weights, net.num_blocks * (COMPILED_LAUNCH_S if compiled else LAUNCH_S)
-    )
+    launching = net.num_blocks * (COMPILED_LAUNCH_S if compiled else LAUNCH_S) if launched else 0.0
+    return max(batch * busy + made / (HBM * card.hbm), weights, launching)
 
 
 # The text encoder ----------------------------------------------------------------------------------------------------
