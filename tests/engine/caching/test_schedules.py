@@ -50,6 +50,7 @@ def test_tea_begins_anew_after_a_step_that_must_be_computed() -> None:
 def test_a_threshold_of_zero_skips_nothing() -> None:
     assert not magcache_skips([1.0] * 9, range(1, 8), 0.0, 9)
     assert not teacache_skips([0.0] * 9, range(1, 8), 0.0, (1.0, 0.0))
+    assert not teacache_skips([0.1] * 9, range(1, 8), 0.0, (1.0, -1.0)), "where the estimate is below 0"
 
 
 def test_the_polynomial_has_its_highest_power_first() -> None:

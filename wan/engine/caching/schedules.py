@@ -35,8 +35,11 @@ def teacache_skips(
 
     `distances[i]` is the relative L1 distance of the time embedding from step i - 1 to step i, of which a polynomial
     (`coefficients`, highest power first) estimates how far the output moves. A step of `may_skip` is skipped while
-    the summed estimate stays below `threshold`. Source: arXiv:2411.19108; TeaCache4Wan2.1.
+    the summed estimate stays below `threshold`; polynomials fall below 0 too, so that 0 has to mean never by itself.
+    Source: arXiv:2411.19108; TeaCache4Wan2.1.
     """
+    if threshold <= 0:
+        return frozenset()
     skipped = set()
     moved = 0.0
     for position in range(len(distances)):
