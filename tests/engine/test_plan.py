@@ -120,6 +120,15 @@ def test_the_description_says_what_is_on_and_why() -> None:
     assert plan.describe() == "halve=weight (preset h100), halve_rows=8"
 
 
+def test_a_flag_that_does_nothing_is_told_and_a_presets_value_is_not() -> None:
+    def told(source: str, **values: Any) -> list[str]:
+        return list(Plan.of(TOYS, values, reasons=dict.fromkeys(values, source)).idle())
+
+    assert told("flag", halve_rows=8) == ["--halve_rows 8 does nothing: --halve is off"]
+    assert not told("preset h100", halve_rows=8) + told("flag", halve_rows=16) + told("flag", early=False)
+    assert not told("flag", halve_rows=8, halve="weight")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Toy(Optimization):
     """A new optimisation: everything it needs is in this class."""

@@ -252,7 +252,7 @@ def examine(
     return Job(
         wanted=wanted, plan=plan, plain=Plan.of(registry, {}), hardware=here, output=output, device=args.device,
         crf=args.crf, care=care, extend=extension.asked(args, wanted), preset=preset, budget=budget,
-        prediction=prediction, notes=notes(args, wanted),
+        prediction=prediction, notes=(*notes(args, wanted), *plan.idle()),
     )  # fmt: skip
 
 

@@ -195,6 +195,17 @@ class Plan:
                         f"{mine} and {other} do not go together: {conflict.why}. Drop one of them."
                     )
 
+    def idle(self) -> Iterator[str]:
+        """What flags say of optimisations that are off, a line for each."""
+        for optimization in self.optimizations:
+            switch, *others = options_of(type(optimization))
+            if optimization.enabled or getattr(optimization, switch.name) not in (False, None, 0, "off", ()):
+                continue
+            for o in others:
+                if self.reasons.get(o.name) == "flag" and getattr(optimization, o.name) != o.default:
+                    said = f"--{o.name} {getattr(optimization, o.name)}"
+                    yield f"{said} does nothing: {switch_flag(type(optimization))} is off"
+
     def describe(self) -> str:
         """One line for the log: what is on, and where that comes from where it is known."""
         parts = []
