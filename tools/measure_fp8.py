@@ -1,21 +1,24 @@
 """Measures on the demo model what weights in 8 bits lose, clip by clip and block by block, and times int8 products.
 
     OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 20 --out docs/benchmarks/fp8_t2v-demo_cpu.json
+    OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 0 --out docs/benchmarks/int8_cpu.json
 
 Every variant makes the clips of the plain model from the same noise, in float32. A block's error is that of what it
 adds to the residual stream, each block being given what the plain model gives it. int8 (weights and inputs, a scale for
-each row) lives in this script alone: it shows whether it would be worth having.
+each row) lives in this script alone: it shows whether it would be worth having. `--clips 0` times products alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,8 +45,9 @@ VARIANTS: dict[str, Variant] = {
     "scaled, first and last block kept": {"fp8": "scaled", "fp8_keep": "blocks.0.*,blocks.4.*"},
 }
 SIZE: dict[str, Any] = {"size": (96, 96), "frame_num": 17, "sampling_steps": 20, "offload_model": None}
-PRODUCTS = [(1024, 1536, 8960), (1024, 5120, 5120)]
-"""Rows, inputs and outputs: layers of 1.3B and 14B."""
+PRODUCTS = [(324, 256, 256), (324, 256, 768), (1024, 1536, 8960), (1024, 5120, 5120), (1024, 5120, 13824)]
+"""Rows, inputs and outputs: layers of the demo (a clip of 33 frames), of 1.3B and of A14B (a part of a clip's rows)."""
+REPEATS = 5
 
 
 class Int8Linear(nn.Module):
@@ -146,6 +150,13 @@ def block_errors(text: str) -> dict[str, list[float]]:
     return found
 
 
+def dynamic_int8(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """PyTorch's own int8 layer, which takes and gives float32 and has one scale for all of its input."""
+    with warnings.catch_warnings(action="ignore"):  # it is to be removed from PyTorch
+        whole = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer.float()), {nn.Linear}, dtype=torch.qint8)
+    return lambda x: whole(x.float()).to(x.dtype)
+
+
 def product_seconds() -> list[dict[str, Any]]:
     """Seconds of a layer in bfloat16, with weights made anew from e4m3, and in int8 with quantising its input."""
     rows = []
@@ -155,35 +166,52 @@ def product_seconds() -> list[dict[str, Any]]:
         float8.weight.data, float8.weight_scale.data = quantize_weight(layer.weight.data)
         forms: dict[str, Callable[[Tensor], Tensor]] = {
             "bfloat16": partial(F.linear, weight=layer.weight, bias=layer.bias), "weight": float8,
-            "int8": Int8Linear(layer),
+            "int8": Int8Linear(layer), "int8, PyTorch's dynamic layer": dynamic_int8(copy.deepcopy(layer)),
         }  # fmt: skip
         times: dict[str, list[float]] = {name: [] for name in forms}
         with torch.inference_mode():
-            for _ in range(6):  # in turns, so that what else the machine does meets all alike
+            for _ in range(1 + REPEATS):  # in turns, so that what else the machine does meets all alike
                 for name, form in forms.items():
                     started = time.perf_counter()
                     form(x)
                     times[name].append(time.perf_counter() - started)
-        seconds = {name: round(statistics.median(each[1:]), 5) for name, each in times.items()}
-        rows.append({"rows": count, "in": inputs, "out": outputs, "seconds": seconds})
+        seconds = {
+            name: {"median": round(statistics.median(each[1:]), 6), "min": round(min(each[1:]), 6),
+                   "max": round(max(each[1:]), 6)}
+            for name, each in times.items()
+        }  # fmt: skip
+        rows.append({"rows": count, "in": inputs, "out": outputs, "repeats": REPEATS, "seconds": seconds})
     return rows
+
+
+def instructions() -> list[str]:
+    """What the processor has for products in few bits."""
+    known = ("amx_int8", "amx_bf16", "avx512_vnni", "avx512_bf16", "avx_vnni")
+    return [name for name in known if torch.cpu.get_capabilities().get(name)]
+
+
+def losses(count: int) -> dict[str, Any]:
+    """What the variants lose on that many clips."""
+    texts = prompts(count)
+    plain = clips(pipeline({}), texts)
+    lost = {name: loss(clips(pipeline(variant), texts), plain) for name, variant in VARIANTS.items()}
+    lost["int8"] = loss(clips(with_int8(pipeline({})), texts), plain)
+    return {
+        "clips": count, "size": "96x96, 17 frames, 20 steps, float32, seeds from 0", "loss_against_plain": lost,
+        "block_errors_of_low": block_errors(texts[0]),
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=20, help="how many clips of each variant, at most 40")
+    parser.add_argument("--clips", type=int, default=20, help="how many clips of each variant, at most 40; 0: none")
     parser.add_argument("--out", type=Path, help="write the figures there too")
     args = parser.parse_args(argv)
-    texts = prompts(args.clips)
-    plain = clips(pipeline({}), texts)
-    lost = {name: loss(clips(pipeline(variant), texts), plain) for name, variant in VARIANTS.items()}
-    lost["int8"] = loss(clips(with_int8(pipeline({})), texts), plain)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python tools/measure_fp8.py", *(sys.argv[1:] if argv is None else argv)])
     said = {
         "command": command, "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "clips": args.clips, "size": "96x96, 17 frames, 20 steps, float32, seeds from 0", "loss_against_plain": lost,
-        "block_errors_of_low": block_errors(texts[0]), "layer_seconds": product_seconds(),
+        "instructions": instructions(), **(losses(args.clips) if args.clips else {}), "layer_seconds": product_seconds(),
     }  # fmt: skip
     text = json.dumps(said, indent=1) + "\n"
     print(text)
