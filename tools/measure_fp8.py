@@ -211,7 +211,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = " ".join(["python tools/measure_fp8.py", *(sys.argv[1:] if argv is None else argv)])
     said = {
         "command": command, "commit": commit, "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "instructions": instructions(), **(losses(args.clips) if args.clips else {}), "layer_seconds": product_seconds(),
+        "instructions": instructions(), **(losses(args.clips) if args.clips else {}),
+        "layer_seconds": product_seconds(),
     }  # fmt: skip
     text = json.dumps(said, indent=1) + "\n"
     print(text)
