@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wan.engine.roofline import (
-    LIVE_TENSORS,
-    LIVE_TENSORS_ENCODED,
-    LIVE_TENSORS_GROUPED,
+    LIVE_DECODING,
+    LIVE_ENCODING,
     PAGEABLE,
     VAE,
     Card,
@@ -21,8 +21,15 @@ from wan.engine.roofline import (
 
 Size = tuple[int, int, int]
 """Frames, height and width of a video."""
-Tile = tuple[int, int]
-"""Side and overlap of tiles, in latent pixels."""
+
+
+class Tile(NamedTuple):
+    """How frames are cut: side and overlap of tiles, in latent pixels, and whether what one remembers waits in RAM."""
+
+    side: int
+    overlap: int
+    parked: bool
+
 
 DECODE_PIXELS = 8192
 """Latent pixels decoded at a time, as `wan.engine.decoding` has it."""
@@ -40,8 +47,11 @@ def decoding(net: VAE, size: Size, card: Card, tile: Tile | None, at_a_time: int
     chunk = min(frames, at_a_time or max(1, DECODE_PIXELS // (rows * columns)))
     grid = _Grid.over(rows, columns, tile)
     part = list(decoder(net, frames, grid.height, grid.width))
-    most = vae_bytes(net, part, chunk, LIVE_TENSORS)
-    return _tiled(net, size, card, (grid, part, chunk), most)
+    # Of tiles: the bottleneck sees whole frames, and the joined ones are float32.
+    whole = 8 * net.element_size * net.decoder_dim * net.dim_mult[-1] * rows * columns
+    whole += 4 * 3 * size[1] * size[2] * chunk * net.stride[0]
+    most = vae_bytes(net, part, chunk, LIVE_DECODING[net.grouped]) + (whole if grid.tiles > 1 else 0)
+    return grid.taken(net, card, part, (frames, chunk), most)
 
 
 def encoding(net: VAE, size: Size, card: Card, tile: Tile | None) -> tuple[int, float]:
@@ -49,42 +59,39 @@ def encoding(net: VAE, size: Size, card: Card, tile: Tile | None) -> tuple[int, 
     frames, rows, columns = latent(net, size)
     grid, side = _Grid.over(rows, columns, tile), net.stride[1]
     part = list(encoder(net, size[0], grid.height * side, grid.width * side))
-    most = vae_bytes(net, part, 1, LIVE_TENSORS_GROUPED if net.grouped else LIVE_TENSORS_ENCODED)
-    return _tiled(net, size, card, (grid, part, 1), most)
+    # Of tiles: what they give is joined in float32, and the bottleneck sees all of it.
+    whole = (4 + 8 * net.element_size) * net.encoder_dim * net.dim_mult[-1] * rows * columns
+    most = vae_bytes(net, part, 1, LIVE_ENCODING[net.grouped]) + (whole if grid.tiles > 1 else 0)
+    return grid.taken(net, card, part, (frames, 1), most)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Grid:
-    """The tiles of a frame: how many, and their size in latent pixels."""
+    """The tiles of a frame: how many, their size in latent pixels, whether they take turns in holding the past."""
 
     tiles: int
     height: int
     width: int
+    parked: bool
 
     @classmethod
     def over(cls, rows: int, columns: int, tile: Tile | None) -> _Grid:
         if tile is None:
-            return cls(tiles=1, height=rows, width=columns)
-        (down, height), (across, width) = (_cut(side, *tile) for side in (rows, columns))
-        return cls(tiles=down * across, height=height, width=width)
+            return cls(tiles=1, height=rows, width=columns, parked=False)
+        (down, height), (across, width) = (_cut(side, tile.side, tile.overlap) for side in (rows, columns))
+        return cls(tiles=down * across, height=height, width=width, parked=tile.parked)
 
+    def taken(self, net: VAE, card: Card, part: list[Conv], work: tuple[int, int], one: int) -> tuple[int, float]:
+        """(bytes, seconds) of all tiles, each through these convolutions, where one alone takes `one` bytes.
 
-def _tiled(net: VAE, size: Size, card: Card, work: tuple[_Grid, list[Conv], int], one: int) -> tuple[int, float]:
-    """(bytes, seconds) of a pass over all tiles, where one takes `one` and goes through these convolutions.
-
-    What a tile remembers waits in RAM while others compute. The bottleneck sees whole frames, and the joined ones are
-    float32.
-    """
-    grid, part, chunk = work
-    frames, rows, columns = latent(net, size)
-    seconds = grid.tiles * vae_seconds(net, part, frames, grid.height * grid.width, card)
-    if grid.tiles == 1:
-        return one, seconds
-    parked = sum(conv.kept for conv in part) * net.element_size
-    bottleneck = 8 * net.element_size * net.decoder_dim * net.dim_mult[-1] * rows * columns
-    joined = 4 * 3 * size[1] * size[2] * chunk * net.stride[0]
-    copies = 2 * grid.tiles * parked * math.ceil(frames / chunk) / PAGEABLE
-    return one + bottleneck + joined, seconds + copies
+        `work`: latent frames, and how many at a time. What a tile remembers waits in RAM or stays.
+        """
+        frames, chunk = work
+        seconds = self.tiles * vae_seconds(net, part, frames, self.height * self.width, card)
+        past = net.element_size * sum(conv.kept for conv in part)
+        if self.tiles == 1 or not self.parked:
+            return one + (self.tiles - 1) * past, seconds
+        return one, seconds + 2 * self.tiles * past * math.ceil(frames / chunk) / PAGEABLE
 
 
 def _cut(length: int, tile: int, overlap: int) -> tuple[int, int]:

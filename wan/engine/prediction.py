@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 from wan.engine.activations import dit_activation_bytes
-from wan.engine.coding import Size, decoding, encoding, latent
+from wan.engine.coding import Size, Tile, decoding, encoding, latent
 from wan.engine.roofline import (
     CPU_FLOPS,
     GB,
@@ -117,9 +117,9 @@ class Video:
 PLAIN: Mapping[str, Any] = {
     "offload_model": False, "vae_cpu": False, "t5_cpu": False, "stream_t5": False, "block_swap": 0,
     "prefetch_blocks": 1, "ffn_rows": 0, "attention_rows": 0, "use_batched_cfg": False, "lockstep_cfg": False,
-    "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_dtype": "fp32", "compile": False,
-    "cuda_graphs": False, "cache": "off", "fp8": "off", "share_first_block": False, "keep_text_keys": False,
-    "residual_dtype": "float32", "vae_frames_per_call": 0,
+    "vae_tiling": False, "vae_tile_size": 32, "vae_tile_overlap": 8, "vae_tile_park": True, "vae_dtype": "fp32",
+    "compile": False, "cuda_graphs": False, "cache": "off", "fp8": "off", "share_first_block": False,
+    "keep_text_keys": False, "residual_dtype": "float32", "vae_frames_per_call": 0,
 }  # fmt: skip
 """The options a prediction looks at, with what plain means; others do not change it.
 
@@ -225,7 +225,7 @@ _BRANCHES = ("use_batched_cfg", "lockstep_cfg")
 _DENOISE = (*_SWAP, *_BRANCHES, "compile", "cuda_graphs", "offload_model")
 _KEPT = ("cache", "share_first_block", "keep_text_keys", "residual_dtype")
 _FORWARD = (*_DENOISE, *_KEPT, "ffn_rows", "attention_rows")
-_CODING = ("vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_dtype", "vae_frames_per_call")
+_CODING = ("vae_tiling", "vae_tile_size", "vae_tile_overlap", "vae_tile_park", "vae_dtype", "vae_frames_per_call")
 _PLACES = (*_TEXT, *_SWAP, "offload_model", "vae_cpu", "vae_dtype")
 _OVERHEAD = {"context and libraries": CONTEXT_BYTES + WORKSPACE_BYTES}
 
@@ -374,7 +374,8 @@ def _text(work: _Work) -> tuple[dict[str, int], float]:
 def _coding(work: _Work) -> tuple[dict[str, dict[str, int]], dict[str, float]]:
     """(bytes, seconds) of decoding, and of encoding where something is given; by stage."""
     (models, video, card, given), net = work, work.models.vae
-    tile = (given["vae_tile_size"], given["vae_tile_overlap"]) if given["vae_tiling"] else None
+    cut = Tile(given["vae_tile_size"], given["vae_tile_overlap"], given["vae_tile_park"])
+    tile = cut if given["vae_tiling"] else None
     size, seconds = decoding(net, video.size, card, tile, given["vae_frames_per_call"])
     used, took = {"decode": {"VAE": net.num_bytes, "frames": size}}, {"decode": seconds}
     if video.encodes:

@@ -48,8 +48,10 @@ class Encoder3d(Causal):
         self.head = head(widths[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
-        x = self.downsamples(self.conv1(x, cache), cache)
-        return self.head(self.middle(x, cache), cache)
+        # One by one: a chain's caller would hold what enters it, of the largest of all sizes, to its end.
+        for stage in (self.conv1, *self.downsamples, self.middle, self.head):
+            x = stage(x, cache)
+        return x
 
 
 class Decoder3d(Causal):

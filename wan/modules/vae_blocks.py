@@ -13,10 +13,18 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.video import Behind, attend_places, behind, convolve, convolve_add, frames_like, rms_norm
+from wan.engine.ops.video import (
+    Behind,
+    attend_places,
+    behind,
+    convolve,
+    convolve_add,
+    frames_like,
+    rms_norm,
+    with_past,
+)
 
 
 class FrameCache(dict[nn.Module, Tensor]):
@@ -53,11 +61,6 @@ class Activated(Chain):
         for norm, convolution in zip(norms, convolutions, strict=False):
             x = convolution.behind(convolution, norm.gamma, x, cache, None)
         return last.behind(last, norms[-1].gamma, x, cache, other)
-
-
-def with_past(x: Tensor, past: Tensor | None, frames: int) -> Tensor:
-    """x [B, C, T, H, W] with `frames` frames in front: `past`, or zeros at the beginning of a stream."""
-    return F.pad(x, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat((past, x), dim=2)
 
 
 def last_frames(x: Tensor, frames: int) -> Tensor:

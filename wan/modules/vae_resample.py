@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.engine.ops.video import convolve, resample
-from wan.modules.vae_blocks import Causal, Chain, FrameCache, last_frames, residual_blocks, with_past
+from wan.engine.ops.video import convolve, resample, with_past
+from wan.modules.vae_blocks import Causal, Chain, FrameCache, last_frames, residual_blocks
 
 
 class Downsample(Causal):
@@ -89,11 +89,15 @@ class DownGroup(Causal):
         self.factors = (2 if temporal else 1, 2 if down else 1)
 
     def forward(self, x: Tensor, cache: FrameCache | None = None) -> Tensor:
+        shortcut = self.shortcut(x)
+        return self.downsamples(x, cache) + shortcut
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """x as the level leaves it, by means alone: places become channels, neighbouring channels one."""
         time, space = self.factors
         missing = -x.shape[2] % time
         folded = fold(F.pad(x, (0, 0, 0, 0, missing, 0)) if missing else x, time, space).flatten(1, 4)
-        shortcut = folded.unflatten(1, (self.out_channels, -1)).mean(dim=2)
-        return self.downsamples(x, cache) + shortcut
+        return folded.unflatten(1, (self.out_channels, -1)).mean(dim=2)
 
 
 class UpGroup(Causal):

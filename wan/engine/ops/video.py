@@ -18,7 +18,8 @@ from wan.engine.ops.rows import runs
 
 __all__ = [
     "Behind", "attend_by_products", "attend_places", "behind", "convolve", "convolve_add", "doubling_weight",
-    "enlarge_at_once", "frames_like", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "written_behind",
+    "enlarge_at_once", "frames_like", "norm_silu", "resample", "rms_norm", "shrink_unpadded", "with_past",
+    "written_behind",
 ]  # fmt: skip
 
 Behind = Callable[[Any, Tensor, Tensor, Any, Tensor | None], Tensor]
@@ -85,7 +86,14 @@ def convolve_add(x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ..
 
 def behind(layer: Any, gamma: Tensor, x: Tensor, cache: Any, other: Tensor | None) -> Tensor:
     """The causal convolution `layer` of `norm_silu`."""
-    return cast("Tensor", layer(norm_silu(x, gamma), cache, other))
+    # Not layer(...): its callers would hold what the norm made, a ninth of all that is alive, until it is through.
+    joined = with_past(norm_silu(x, gamma), None if cache is None else cache.get(layer), layer.context)
+    return cast("Tensor", layer.through(joined, cache, other))
+
+
+def with_past(x: Tensor, past: Tensor | None, frames: int) -> Tensor:
+    """x [B, C, T, H, W] with `frames` frames in front: `past`, or zeros at the beginning of a stream."""
+    return F.pad(x, (0, 0, 0, 0, frames, 0)) if past is None else torch.cat((past, x), dim=2)
 
 
 def frames_like(x: Tensor, frames: int) -> Tensor:
