@@ -1,7 +1,7 @@
 """Measures on the demo model what weights in 8 bits lose, clip by clip and block by block, and times int8 products.
 
-    OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 20 --out docs/benchmarks/fp8_t2v-demo_cpu.json
-    OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 0 --out docs/benchmarks/int8_cpu.json
+    OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 20 --out docs/benchmarks/fp8/t2v-demo_cpu.json
+    OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 0 --out docs/benchmarks/fp8/int8_cpu.json
 
 Every variant makes the clips of the plain model from the same noise, in float32. A block's error is that of what it
 adds to the residual stream, each block being given what the plain model gives it. int8 (weights and inputs, a scale for
