@@ -41,6 +41,11 @@ def heads(kernels: SimpleNamespace) -> None:
     kernels.rope.norm_rotate(q, torch.empty(5120), torch.empty(2, 1, 64, 2), 40, 1e-6)
 
 
+def heads_in_codes(kernels: SimpleNamespace) -> None:
+    q = torch.empty(1, 2, 3 * 5120, dtype=BF16)[..., :5120]
+    kernels.rope.norm_rotate_quantize(q, torch.empty(5120), torch.empty(2, 1, 64, 2), 40, 1e-6)
+
+
 def hidden_in_codes(kernels: SimpleNamespace) -> None:
     kernels.quantize.quantize_gelu(torch.empty(2, 13824, dtype=BF16))
 
@@ -55,7 +60,7 @@ def bias_and_residual(kernels: SimpleNamespace) -> None:
     kernels.video.add_bias(x, torch.empty(96, dtype=BF16), y)
 
 
-IN_CODES = (norm_in_codes, hidden_in_codes)
+IN_CODES = (norm_in_codes, heads_in_codes, hidden_in_codes)
 ON_HOPPER = [(90, call) for call in (residual, residual_by_row, heads, norm_and_silu, bias_and_residual, *IN_CODES)]
 ON_AMPERE = [(80, call) for call in (residual, heads, norm_and_silu)]
 

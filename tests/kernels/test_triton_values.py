@@ -145,6 +145,32 @@ def test_norm_and_rotary_embedding_in_place(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("heads", [3, 2])
+def test_norm_and_rotary_embedding_in_codes_beside_what_is_read(
+    interpreted: SimpleNamespace, heads: int, dtype: torch.dtype
+) -> None:
+    """Scales follow from the weights, so the largest code is no 448; no value is cut off, and what is read stays."""
+    width = heads * 16
+    buffer, weight, angles = torch.randn(2, 5, 3 * width).to(dtype), torch.randn(width), torch.randn(5, 1, 8)
+    buffer[1, 2, width:], buffer[1, 2, width + 3] = 0.0, 100.0  # as large as a value of a normed row can be
+    before, x = buffer.clone(), buffer[..., width : 2 * width]
+    rope = torch.stack((angles.cos(), angles.sin()), -1)
+    codes, scale = interpreted.rope.norm_rotate_quantize(x, weight, rope, heads, 1e-6)
+    assert torch.equal(buffer, before)
+    assert codes.shape == (2, 5, heads, 16) and scale.shape == (2, heads)
+    exact = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6).unflatten(-1, (heads, 16))
+    pairs = torch.view_as_complex(exact.unflatten(-1, (-1, 2)).contiguous())
+    exact = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles).double(), angles.double())).flatten(-2)
+    largest = weight.view(heads, 16).abs().amax(-1) * width**0.5 / 448
+    torch.testing.assert_close(scale, largest.expand(2, -1))
+    whole = scale.double()[:, None, :, None]
+    apart = (codes.double() * whole - exact).abs()
+    assert (apart <= exact.abs() * 2**-4 + whole * 2**-10 + 2 * bound(exact, dtype)).all()
+    assert apart.norm() / exact.norm() < 0.035
+    assert torch.isfinite(codes.float()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("channels", [12, 33])
 def test_norm_and_silu_into_a_buffer_of_more_frames_and_bias_with_residual(
     interpreted: SimpleNamespace, channels: int, dtype: torch.dtype
@@ -179,6 +205,7 @@ def test_what_a_kernel_is_not_written_for_it_leaves_alone(interpreted: SimpleNam
         k.quantize.quantize_rows(wide),
         k.rope.norm_rotate(strided, None, None, 2, 1e-6),
         k.rope.norm_rotate(torch.zeros(1, 2, 8), None, torch.zeros(2, 1, 2, 4).mT, 1, 1e-6),
+        k.rope.norm_rotate_quantize(torch.zeros(1, 2, 24), table, None, 2, 1e-6),
         k.video.norm_silu(frames, torch.ones(4)),
     ):
         assert made is NotImplemented

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.engine.errors import BadRequest
-from wan.engine.ops.attention import masked, sdpa
+from wan.engine.ops.attention import InCodes, masked, sdpa
 from wan.engine.ops.float8 import Quantized
 from wan.engine.ops.linear import gelu_between, linear, project
-from wan.engine.ops.norms import norm_rotate, rms_norm
+from wan.engine.ops.norms import norm_rotate, norm_rotate_quantize, rms_norm
 from wan.engine.ops.rows import Around, accumulate, at_once, in_runs
 from wan.engine.types import Condition, Layout, token
 from wan.modules.joints import Entrance, leaving, modulated
@@ -231,10 +231,17 @@ class WanSelfAttention(nn.Module):
             out = out + extra(q, inputs)
         return linear(out.flatten(2).to(inputs.context.dtype), self.o)
 
+    def asked(self, q: Tensor, inputs: BlockInputs) -> Tensor | Quantized:
+        """Queries of a projection just made; in 8 bits where attention alone reads them, and so."""
+        if isinstance(self.attend, InCodes) and isinstance(self.norm_q, WanRMSNorm) and not self.extras:
+            how = self.norm_q.weight, inputs.rope, self.num_heads, self.eps
+            return Quantized(*norm_rotate_quantize(q, *how), q.dtype)
+        return self.normed(q, self.norm_q, inputs.rope)
+
     def forward(self, x: Tensor | Quantized, inputs: BlockInputs) -> Tensor:
         q, k, v = self.project(x, self.q, self.k, self.v)
         del x  # as below: each is as large as the tokens, and not needed any more
-        q = self.normed(q, self.norm_q, inputs.rope)
+        q = self.asked(q, inputs)
         k = self.normed(k, self.norm_k, inputs.rope)
         out = self.attend(q, k, self.heads(v), inputs.layout)
         del k, v
@@ -318,16 +325,9 @@ class WanAttentionBlock(nn.Module):
     """Self attention, cross attention and feed-forward on a float32 residual stream."""
 
     def __init__(
-        self,
-        cross_attn_type: str,
-        dim: int,
-        ffn_dim: int,
-        num_heads: int,
-        window_size: tuple[int, int] = (-1, -1),
-        qk_norm: bool = True,
-        cross_attn_norm: bool = False,
-        eps: float = 1e-6,
-    ) -> None:
+        self, cross_attn_type: str, dim: int, ffn_dim: int, num_heads: int, window_size: tuple[int, int] = (-1, -1),
+        qk_norm: bool = True, cross_attn_norm: bool = False, eps: float = 1e-6,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.dim, self.ffn_dim, self.num_heads, self.eps = dim, ffn_dim, num_heads, eps
         self.norm1 = WanLayerNorm(dim, eps)
@@ -349,14 +349,9 @@ class WanAttentionBlock(nn.Module):
         return tokens
 
     def self_part(
-        self,
-        tokens: Tensor,
-        inputs: BlockInputs,
-        shift: Tensor,
-        weight: Tensor,
-        gate: Tensor,
+        self, tokens: Tensor, inputs: BlockInputs, shift: Tensor, weight: Tensor, gate: Tensor,
         then: Entrance | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         layer = self.self_attn
         enter = Entrance(layers=(layer.q, layer.k, layer.v), weight=weight, bias=shift, eps=self.eps)
         return self.around_attention(layer, tokens, inputs, enter, leaving(gate, then))

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan.engine.ops.attention import BACKENDS, sdpa
+from wan.engine.ops.attention import BACKENDS, InCodes, sdpa
+from wan.engine.ops.float8 import Quantized
 from wan.engine.ops.float8_attention import attend_float8, quantize_qkv
+from wan.engine.ops.norms import norm_rotate, norm_rotate_quantize
+from wan.engine.types import Condition
+from wan.modules.model import WanModel
 
 
 def error(out: Tensor, expected: Tensor) -> float:
@@ -63,3 +67,41 @@ def test_the_kernel_gets_codes_and_the_scales_that_undo_them(monkeypatch: pytest
     out = BACKENDS["flash3_fp8"].load()(*(x.to(torch.bfloat16) for x in given), None)
     assert seen == [torch.float8_e4m3fn] * 3 and out.dtype == torch.bfloat16
     assert error(out.float(), sdpa(*given)) < 0.06
+
+
+def test_queries_rounded_by_a_scale_from_the_weights_serve_as_well_as_those_by_their_own() -> None:
+    """Heads far apart in size, and one query whose row has all its length in one value."""
+    x, weight = torch.randn(2, 40, 96), torch.rand(96) + 0.5
+    weight[32:64] *= 1e-3
+    x[0, 0], x[0, 0, 5] = 0.0, 3.0
+    angles = torch.randn(40, 1, 16)
+    rope = torch.stack((angles.cos(), angles.sin()), -1)
+    q = norm_rotate(x.clone(), weight, rope, 3, 1e-6)
+    coded = Quantized(*norm_rotate_quantize(x.clone(), weight, rope, 3, 1e-6), x.dtype)
+    back = coded.codes.float() * coded.scale[:, None, :, None]
+    assert torch.isfinite(back).all()
+    for head in range(3):
+        assert error(back[:, :, head], q[:, :, head]) < 0.035
+    _, k, v = qkv()
+    expected = sdpa(q, k, v)
+    assert error(attend_float8(coded, k, v), expected) < 1.1 * error(attend_float8(q, k, v), expected)
+
+
+def test_attention_that_reads_codes_gets_queries_in_codes_unless_something_is_wrapped_round_it() -> None:
+    kinds: list[type] = []
+
+    def attend(q: Tensor | Quantized, k: Tensor, v: Tensor, layout: object = None) -> Tensor:
+        kinds.append(type(q))
+        return attend_float8(q, k, v)
+
+    model = WanModel(dim=96, ffn_dim=160, num_heads=3, num_layers=2, text_dim=48, freq_dim=64, text_len=12).eval()
+    torch.nn.init.normal_(model.head.head.weight, std=0.1)
+    x, context = torch.randn(1, 16, 2, 4, 6), torch.randn(1, 5, 48)
+    made = []
+    for reads in (sdpa, lambda *given: attend(*given), InCodes(attend)):
+        for block in model.blocks:
+            block.self_attn.attend = reads  # type: ignore[union-attr]
+        with torch.inference_mode():
+            made.append(model.velocity(x, torch.tensor([500.0]), Condition(context=context)))
+    assert kinds == [Tensor] * 2 + [Quantized] * 2
+    assert error(made[2], made[0]) < 1.2 * error(made[1], made[0]) < 0.1

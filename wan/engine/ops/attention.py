@@ -19,10 +19,12 @@ from torch import Tensor
 from wan.engine.errors import IncompatibleOptions, MissingPackage, UnsupportedHardware, WanError
 from wan.engine.hardware import Hardware
 from wan.engine.ops import attention_kernels as kernels
-from wan.engine.ops.attention_kernels import Attend, AttendLse, sdpa
+from wan.engine.ops.attention_kernels import Attend, AttendLse, InCodes, sdpa
+from wan.engine.ops.float8 import Quantized
+from wan.engine.ops.float8_attention import quantize_heads
 from wan.engine.types import Layout
 
-__all__ = ["BACKENDS", "Attend", "Backend", "choose", "is_exact", "masked", "sdpa"]
+__all__ = ["BACKENDS", "Attend", "Backend", "InCodes", "choose", "is_exact", "masked", "sdpa"]
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -80,6 +82,7 @@ class Backend:
     """One way to compute attention and what it needs: one of `packages`, a card, a dtype, a head width.
 
     `load` imports the package and returns an `attend`, `load_lse` one that tells the log-sum-exp of scores too.
+    One that takes `codes` reads queries in 8 bits, so that whoever norms them may round them at once.
     """
 
     name: str
@@ -93,6 +96,11 @@ class Backend:
     max_head_dim: int = 256
     multiple_of: int = 8
     grade: Literal["bitwise", "rounding", "lossy"] = "rounding"
+    codes: bool = False
+
+    def attend(self) -> Attend:
+        """What computes it, and whether its queries may be in codes."""
+        return InCodes(self.load()) if self.codes else self.load()
 
     def refusal(self, hardware: Hardware, dtype: torch.dtype, head_dim: int) -> WanError | None:
         """Why this backend cannot serve, as the error to raise; None when it can."""
@@ -152,7 +160,7 @@ BACKENDS: dict[str, Backend] = {
         ),
         Backend(
             name="flash3_fp8", load=kernels.flash3_fp8, packages=FLASH3, install="fa3-fwd", min_sm=(9, 0),
-            max_sm=(9, 0), multiple_of=16, grade="lossy",
+            max_sm=(9, 0), multiple_of=16, grade="lossy", codes=True,
         ),
         Backend(
             name="sage", load=kernels.sage, load_lse=kernels.sage_lse, packages=("sageattention",),
@@ -200,7 +208,7 @@ def _first_working(
             break
         found = _tried(BACKENDS[name], hardware.device, dtype, head_dim)
         if not found:
-            return name, BACKENDS[name].load(), why
+            return name, BACKENDS[name].attend(), why
         why = f"{name} {found}"
     return "sdpa", sdpa, why
 
@@ -219,10 +227,17 @@ def _tried(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim:
 def fault(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """What is wrong with a backend, by its first call; "" for one that works."""
     try:
-        works = self_test(backend.load(), device, dtype, head_dim, 0.02 if is_exact(backend.name) else 0.2)
+        attend, tolerance = backend.attend(), 0.02 if is_exact(backend.name) else 0.2
+        works = self_test(attend, device, dtype, head_dim, tolerance)
+        if isinstance(attend, InCodes):
+            works = works and self_test(_asked_in_codes(attend), device, dtype, head_dim, tolerance)
     except (ImportError, OSError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
         return f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return "" if works else "gives wrong values"
+
+
+def _asked_in_codes(attend: InCodes) -> Attend:
+    return lambda q, k, v: attend(Quantized(*quantize_heads(q), q.dtype), k, v)
 
 
 @torch.no_grad()

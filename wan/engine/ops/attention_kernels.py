@@ -9,21 +9,33 @@ Letters: B batch, L query tokens, S key tokens, N heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan.engine.ops.float8 import Quantized
 from wan.engine.ops.float8_attention import quantize_qkv
 from wan.engine.types import Layout
 
-__all__ = ["Attend", "AttendLse", "merge", "sdpa"]
+__all__ = ["Attend", "AttendLse", "InCodes", "merge", "sdpa"]
 
 Attend = Callable[..., Tensor]
 """`(q, k, v, layout=None) -> out`: q [B, L, N, D], k and v [B, S, N, D], out [B, L, N, D], never padded."""
 AttendLse = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """`(q, k, v) -> out, lse`: lse [B, N, L], float32, is the logarithm of the sum of a query's exponentials."""
+
+
+@dataclass(frozen=True)
+class InCodes:
+    """An attention whose queries may be `Quantized` already, by head; what is wrapped round it gets plain ones."""
+
+    attend: Callable[..., Tensor]
+
+    def __call__(self, q: Tensor | Quantized, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
+        return self.attend(q, k, v, layout)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
@@ -114,7 +126,7 @@ def flash3_lse() -> AttendLse:
 def flash3_fp8() -> Attend:
     kernel = _flash3()
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
+    def attend(q: Tensor | Quantized, k: Tensor, v: Tensor, layout: Layout | None = None) -> Tensor:
         codes, scales = quantize_qkv(q, k, v)
         named = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
         return _first(kernel(*codes, **named)).to(q.dtype)

@@ -87,6 +87,7 @@ def _triton() -> Table:
         modulate.gated_add_norm: modulating.gated_add_norm,
         modulate.gated_add_norm_quantize: modulating.gated_add_norm_quantize,
         norms.norm_rotate: turning.norm_rotate,
+        norms.norm_rotate_quantize: turning.norm_rotate_quantize,
         float8.quantize_rows: quantizing.quantize_rows,
         float8.quantize_gelu: quantizing.quantize_gelu,
         linear.linear_gelu: linear.linear_gelu_cublas,
