@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +50,7 @@ def watched(pipe: Any, prompt: str = "a red bird", **options: Any) -> tuple[Tens
 
     dit.trunk = watching
     try:
-        return pipe.generate(prompt, **CALL, **options), seen
+        return pipe.generate(prompt, **(CALL | options)), seen
     finally:
         dit.trunk = dit.plain_trunk
 
@@ -135,6 +136,20 @@ def test_batched_guidance_and_step_caches_work_in_windows(pipe: Any) -> None:
         batched = pipe.generate("a red bird", **CALL, **options, use_batched_cfg=True)
         assert (batched - video).abs().max() < 1e-4
         assert torch.equal(pipe.generate("a red bird", **CALL, **options, cache="easy", cache_threshold=0.0), video)
+
+
+def test_a_step_cache_skips_in_windows_that_stay_and_is_told_to_where_they_move(
+    pipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    options = {**WINDOWS, "cache": "mag", "cache_table": "Wan2.2-T2V-A14B", "cache_threshold": 1e9, "cache_retain": 0.0}
+    options |= {"cache_max_skips": 99, "sampling_steps": 8}
+    ran = {}
+    for schedule in ("static", "uniform"):
+        caplog.clear()
+        ran[schedule] = len(watched(pipe, **options, context_schedule=schedule)[1])
+        assert ("--cache mag finds few windows again" in caplog.text) == (schedule == "uniform")
+    assert ran["static"] == 3 < ran["uniform"], "each of the three windows once"
 
 
 def test_parts_of_a_prompt_follow_each_other(pipe: Any) -> None:

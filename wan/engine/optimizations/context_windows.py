@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from wan.engine.errors import BadRequest
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
-from wan.engine.plan import Optimization, Order
+from wan.engine.plan import Optimization, Order, Plan
 from wan.engine.sampling.windows import Mean, Window, of_window, shuffled_noise, weights, windows
 from wan.engine.types import Condition, Denoiser, Denoising, Request, Segment, Step
 
@@ -57,6 +58,14 @@ class ContextWindows(Optimization):
                 f"--context_overlap {self.context_overlap!r}: give 0 to {most} with --context_frames "
                 f"{self.context_frames}; 16 is usual"
             )
+
+    def check_plan(self, plan: Plan) -> None:
+        cache = plan.values().get("cache", "off")
+        if cache != "off" and self.context_schedule != "static":
+            logging.getLogger(__name__).info(
+                "--cache %s finds few windows again, as those of --context_schedule %s move: use static", cache,
+                self.context_schedule,
+            )  # fmt: skip
 
     @property
     def size(self) -> int:
