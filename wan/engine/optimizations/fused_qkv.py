@@ -32,6 +32,7 @@ class FusedQKV(Optimization):
     order = Order.TRUNK
     grade = "rounding"
     tolerance = 1e-2
+    cost = "weights of a layer are copied together when an expert begins"
     per_call = True
     conflicts = (
         Conflict("Compile", "a compiled block takes each weight by itself"),
