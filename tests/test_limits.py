@@ -71,6 +71,17 @@ def test_a_row_is_on_the_disk_as_soon_as_it_is_there_and_failures_are_rows(
     assert order[-1] == "c" and "time was up" in rows()["d"]["failed"]
 
 
+def test_what_cannot_be_written_leaves_what_was(tmp_path: Path) -> None:
+    import partly
+
+    path = tmp_path / "new" / "rows.json"
+    partly.write(path, {"rows": [1]})
+    with pytest.raises(TypeError):
+        partly.write(path, {"rows": [torch.zeros(1)]})
+    assert json.loads(path.read_text()) == {"rows": [1]}
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_prediction_is_told_beside_what_was_measured_and_null_without(tmp_path: Path) -> None:
     from limits.page import page
     from limits.predictions import PREDICTIONS

@@ -1,6 +1,8 @@
 """Prints what options do to the clips of the demo model: distance to plain float32, and whether clips obey as before.
 
 python tools/measure_options.py --clips 24 param_dtype=bfloat16 param_dtype=bfloat16,residual_dtype=bfloat16
+
+Every clip is told as it comes, and its numbers are in the file of --out then: what is interrupted keeps them.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import argparse
 import random
 import statistics
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import partly  # noqa: E402
 from demo import scenes  # noqa: E402
 
 import wan  # noqa: E402
@@ -39,6 +43,17 @@ class Found:
     latents: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)
     obeyed: list[bool] = field(default_factory=list)
+
+    def add(self, latents: Tensor, video: Tensor, reference: tuple[Tensor, Tensor], words: dict[str, str]) -> str:
+        """Judge a clip beside the plain one, whose own are `reference`, and say what it is like."""
+        right = judge(video).agrees(**words)
+        self.obeyed.append(all(right[name] for name in ASKED))
+        told = "obeys" if self.obeyed[-1] else "does not obey"
+        if latents is reference[0]:
+            return told
+        self.latents.append(float((latents - reference[0]).norm() / reference[0].norm()))
+        self.psnr.append(compare(to_pixels(video), to_pixels(reference[1]))[0].get("psnr_db", float("inf")))
+        return f"latents differ by {self.latents[-1]:.2e}, {self.psnr[-1]:.1f} dB, {told}"
 
     def row(self, name: str) -> str:
         said = [f"{statistics.median(each):{spec}}, {worst(each):{spec}}" if each else "-"
@@ -68,27 +83,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="+", metavar="NAME=VALUE[,NAME=VALUE...]")
     parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--out", type=Path, help="JSON to write after every clip of every variant")
     args = parser.parse_args()
     names = [PLAIN, *args.variants]
     pipes = [wan.WanT2V(WAN_CONFIGS["t2v-demo"], ROOT / "demo", device="cpu", **options(name)) for name in names]
-    found = [Found() for _ in names]
+    found = {name: Found() for name in names}
+    try:
+        for number in range(args.clips):
+            measure(number, pipes, found, args.out)
+    finally:
+        print(
+            "| options | latents differ: median, worst | PSNR of frames, dB: median, worst | colour, shape and motion |"
+        )
+        print("|---|---|---|---|")
+        for name, each in found.items():
+            print(each.row(name))
+
+
+def measure(number: int, pipes: Sequence[Any], found: Mapping[str, Found], out: Path | None) -> None:
+    """One clip of all variants, the plain one first."""
     combos = scenes.split_combos()["test"]
-    for number in range(args.clips):
-        rng = random.Random(f"{SEED}/{number}")
-        scene = scenes.random_scene(rng, combos[number % len(combos)])
-        prompt = scenes.caption(scene, rng, complete=True)
-        made = [clip(pipe, prompt, number) for pipe in pipes]
-        reference, frames = made[0][0], to_pixels(made[0][1])
-        for each, (latents, video) in zip(found, made, strict=True):
-            right = judge(video).agrees(**scene.words())
-            each.obeyed.append(all(right[name] for name in ASKED))
-            if latents is not reference:
-                each.latents.append(float((latents - reference).norm() / reference.norm()))
-                each.psnr.append(compare(to_pixels(video), frames)[0].get("psnr_db", float("inf")))
-    print("| options | latents differ: median, worst | PSNR of frames, dB: median, worst | colour, shape and motion |")
-    print("|---|---|---|---|")
-    for name, each in zip(names, found, strict=True):
-        print(each.row(name))
+    rng = random.Random(f"{SEED}/{number}")
+    scene = scenes.random_scene(rng, combos[number % len(combos)])
+    prompt = scenes.caption(scene, rng, complete=True)
+    reference: tuple[Tensor, Tensor] | None = None
+    for pipe, (name, each) in zip(pipes, found.items(), strict=True):
+        latents, video = clip(pipe, prompt, number)
+        reference = reference or (latents, video)
+        print(f"clip {number}, {name}: {each.add(latents, video, reference, scene.words())}", flush=True)
+        if out is not None:
+            partly.write(out, {"seed": SEED, "clips": {name: asdict(each) for name, each in found.items()}})
 
 
 if __name__ == "__main__":

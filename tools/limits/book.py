@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import partly
 import torch
 
 from wan.cli.benchmarking.power import Sampler
@@ -71,10 +71,7 @@ class Book:
         print(f"{row.key}: {row.failed or seconds}", flush=True)
 
     def write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        part.write_text(json.dumps({**self.about, "rows": [row.told() for row in self.rows]}, indent=1) + "\n")
-        part.replace(self.path)
+        partly.write(self.path, {**self.about, "rows": [row.told() for row in self.rows]})
 
     def race(self, acts: Mapping[str, tuple[Act, Work]], runs: int) -> None:
         """`runs` turns of every act after one that warms up; each that fails, or has no time left, is a row too."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from limits.book import Act, Book, Work, distance
 from torch import Tensor
 
@@ -37,6 +38,19 @@ class Draw:
         return torch.randn(3, 1, 1, self.dim, device=self.device).unbind(0)
 
 
+def _joined(draw: Draw) -> tuple[Any, ...]:
+    """Frames with two of the past in front, a convolution of them, and what is added to it; bias and sum are timed with
+    the convolution, which nobody would call without them."""
+    width, (frames, *place) = draw.dim // 16, draw.grid
+    place = [4 * side for side in place]
+    x, other = draw.half(1, width, frames + 2, *place), draw.half(1, width, frames, *place)
+    x, weight, other = (
+        each.contiguous(memory_format=torch.channels_last_3d)
+        for each in (x, 0.02 * draw.half(width, width, 3, 3, 3), other)
+    )
+    return x, weight, draw.half(width), (0, 1, 1), other
+
+
 CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
     modulate.layer_norm: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 2),
     modulate.layer_norm_quantize: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 1),
@@ -55,6 +69,12 @@ CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
         ),
         2 + 2,
     ),
+    norms.norm_rotate_quantize: (
+        lambda draw: (
+            draw.half(), draw.half(draw.dim), grid_table(draw.grid, draw.head_dim, draw.device), draw.heads, 1e-6,
+        ),
+        2 + 1,
+    ),
     float8.quantize_rows: (lambda draw: (draw.half(),), 2 + 1),
     float8.quantize_gelu: (lambda draw: (draw.half(),), 2 + 1),
     video.norm_silu: (
@@ -64,10 +84,16 @@ CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
         ),
         2 + 2,
     ),
+    video.convolve_add: (lambda draw: _joined(draw), 2 + 2 + 6),
     encoder.rms_norm: (lambda draw: (draw.half(), draw.half(draw.dim), 1e-6), 2 + 2),
     encoder.gated: (lambda draw: (draw.half(), draw.half(), "gelu"), 2 + 2 + 2),
 }  # fmt: skip
 """Operation -> its arguments, and bytes per value of a stream that it cannot do without reading or writing."""
+
+UNWRITTEN: Mapping[Op[..., Any], Callable[..., Any]] = {
+    float8.quantize_gelu: lambda x: float8.quantize_rows(F.gelu(x, approximate="tanh")),
+}
+"""Definitions that write their input, as they are where it is still needed: the kernel does not write it either."""
 
 REAL = ((21, 45, 80), 40, 128)
 """Token grid, heads and head width of 14B at 1280x720, 81 frames."""
@@ -79,9 +105,10 @@ def measure(book: Book, hardware: Hardware, size: tuple[tuple[int, int, int], in
     for operation, (make, bytes_per_value) in CASES.items():
         draw = Draw(hardware.device, *size)
         args = make(draw)
+        plain = UNWRITTEN.get(operation, operation.definition)
         moved = float(bytes_per_value * draw.tokens * draw.dim)
         acts: dict[str, tuple[Act, Work]] = {
-            f"kernel/{operation.name}/torch": (lambda o=operation, a=args: o.definition(*a), Work(bytes=moved))
+            f"kernel/{operation.name}/torch": (lambda p=plain, a=args: p(*a), Work(bytes=moved))
         }  # type: ignore[misc]
         for provider, kernel in kernels_of(operation, hardware):
             apart = distance(_first(kernel(*make_like(args))), _first(operation.definition(*make_like(args))))

@@ -1,0 +1,15 @@
+"""Results that are on the disk as soon as they are there: a measurement that is interrupted has lost nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, data: Any) -> None:
+    """`data` as JSON, whole or as it was before: never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
