@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,14 @@ CARD = Hardware(
 )
 
 
-def arguments(*argv: str) -> Any:
-    return parse([*SMALL, *argv], options(registry()))
+def arguments(*argv: str, words: Sequence[str] = SMALL) -> Any:
+    return parse([*words, *argv], options(registry()))
 
 
-def planned(*argv: str, preset: str = "none", card: Hardware = CARD) -> tuple[Plan, Prediction, Budget]:
-    args = arguments(*argv)
+def planned(
+    *argv: str, preset: str = "none", card: Hardware = CARD, words: Sequence[str] = SMALL
+) -> tuple[Plan, Prediction, Budget]:
+    args = arguments(*argv, words=words)
     budget = budget_of(args, card, preset)
     assert budget is not None
     plan = make_plan(args, registry(), card, "none")
@@ -47,6 +51,27 @@ def test_the_plan_is_printed_without_a_gpu(capsys: pytest.CaptureFixture[str], t
     assert "of 8.0 GB, computed for" in said
     assert "(not measured)" in said
     assert "s/step" in said
+
+
+@pytest.mark.parametrize(("preset", "card"), [("rtx4090", "RTX 4090"), ("auto", "L4"), ("rtx3060_12gb", "L4")])
+def test_without_a_gpu_it_is_planned_for_the_card_of_the_preset_or_one_that_has_it(
+    preset: str, card: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--vram_budget", "24GB", "--print_plan", "--preset", preset]) == 0
+    said = capsys.readouterr().err
+    assert f"run     on {card}, which is not here" in said and f"computed for {card} (not measured)" in said
+    assert f"preset  {'l4' if preset == 'auto' else preset}" in said
+    rows = said.partition("\noption")[2].splitlines()[1:-2]
+    chosen = [not re.match(r"\S+ +\S+ +default$", row) for row in rows]
+    assert chosen == sorted(chosen, reverse=True) and any(chosen)
+
+
+def test_what_does_not_go_with_an_option_that_stays_is_not_chosen() -> None:
+    words = ["--task", "t2v-A14B", "--size", "1280*720", "--load_format", "dummy", "--vram_budget", "12GB"]
+    plan, found, _ = planned(words=words)
+    assert plan.values()["attention_rows"] == found.values["attention_rows"] > 0
+    plan, found, _ = planned("--share_first_block", words=words)
+    assert plan.values()["share_first_block"] and not found.values["attention_rows"]
 
 
 @pytest.mark.parametrize(

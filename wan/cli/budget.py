@@ -6,17 +6,21 @@ Flags win over what is chosen, what is chosen wins over the preset.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from wan.cli.cards import CARDS, SHEETS
 from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
 from wan.cli.quality_sets import may_use
 from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
+from wan.engine.hardware import Hardware
 from wan.engine.optimizations import FP8, T5FP8, Compile, ContextWindows, FewStep, LoRA, Precision
 from wan.engine.plan import Plan, options
 from wan.engine.prediction import CONTEXT_BYTES, PLAIN, Beside, Models, Prediction, Video
@@ -26,7 +30,6 @@ from wan.sizes import models_of
 if TYPE_CHECKING:
     from wan.cli.generate import Job
     from wan.cli.request import Wanted
-    from wan.engine.hardware import Hardware
     from wan.engine.plan import Optimization
     from wan.engine.types import Component
     from wan.layouts import CheckpointFiles
@@ -42,10 +45,31 @@ class Budget:
     def enforce(self, hardware: Hardware) -> None:
         """Let torch refuse what goes beyond, where a limit was asked for."""
         if self.asked and hardware.is_cuda:
-            import torch
-
             share = min(1.0, max(0, self.size - CONTEXT_BYTES) / hardware.total_memory)
             torch.cuda.set_per_process_memory_fraction(share, hardware.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imagined(Hardware):
+    """A card that is not here, for a look at what would be chosen on it."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, which is not here"
+
+
+def imagined(args: argparse.Namespace, here: Hardware) -> Hardware:
+    """`here`; or, where only a look at a budget is asked for and no GPU is here, a card that has it.
+
+    That of the preset that is named, else the smallest known one.
+    """
+    if here.is_cuda or args.vram_budget is None or not (args.print_plan or args.find_max):
+        return here
+    named = next((SHEETS[card.sheet] for card in CARDS if card.preset == args.preset), None)
+    sheet = named if named is not None and named.memory >= args.vram_budget else card_for(args.vram_budget)
+    sm = next(card.sm for card in CARDS if card.sheet == sheet.name)
+    return Imagined(
+        device=torch.device("cuda"), name=sheet.name, sm=sm, total_memory=sheet.memory, free_memory=sheet.memory
+    )
 
 
 def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserved: int | None = None) -> Budget | None:
@@ -58,7 +82,7 @@ def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserve
     if asked is None and reserved is None and not wanted:
         return None
     if not hardware.is_cuda:
-        return _imagined(args, reserved)
+        raise _no_gpu(args, reserved)
     left = hardware.free_memory + CONTEXT_BYTES - MARGIN_BYTES
     if reserved is not None:
         left = hardware.total_memory - reserved
@@ -67,22 +91,18 @@ def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserve
     return Budget(size=left if asked is None else min(asked, left), asked=not (asked is None and reserved is None))
 
 
-def _imagined(args: argparse.Namespace, reserved: int | None) -> Budget:
-    """The budget of a GPU that is not here, for a look at what would be chosen."""
-    if args.vram_budget is None and args.find_max is not None:
-        raise BadRequest(
-            f"--find_max {args.find_max}: there is no GPU here; say how much memory one has, as in --vram_budget 12GB"
-        )
-    if args.vram_budget is None:
-        raise BadRequest(
-            f"--reserve_vram {gigabytes(reserved or 0)}: there is no GPU here to reserve it on; leave it out"
-        )
-    if not args.print_plan and args.find_max is None:
-        raise BadRequest(
+def _no_gpu(args: argparse.Namespace, reserved: int | None) -> BadRequest:
+    """Why there is nothing to plan with."""
+    if args.vram_budget is not None:
+        return BadRequest(
             f"--vram_budget {gigabytes(args.vram_budget)}: there is no GPU here to keep within it; leave it out, or "
             "add --print_plan to see what would be chosen on one"
         )
-    return Budget(size=args.vram_budget - (reserved or 0), asked=True)
+    if args.find_max is not None:
+        return BadRequest(
+            f"--find_max {args.find_max}: there is no GPU here; say how much memory one has, as in --vram_budget 12GB"
+        )
+    return BadRequest(f"--reserve_vram {gigabytes(reserved or 0)}: there is no GPU here to reserve it on; leave it out")
 
 
 def within_budget(
@@ -158,8 +178,18 @@ def planner_of(
     compiling = plan.get(Compile)
     if not (compiling.compile and compiling.mode == "default" and compiling.cuda_graphs is None and hardware.is_cuda):
         names -= {"cuda_graphs"}
-    card = card_of(hardware.name, hardware.total_memory) if hardware.is_cuda else card_for(budget.size)
+    names -= {name for name in names - pinned.keys() if _ruled_out(name, plan, names - pinned.keys(), hardware)}
+    card = card_of(hardware.name, hardware.total_memory)
     return _planner(wanted, plan, hardware, card, names, pinned, video)
+
+
+def _ruled_out(name: str, plan: Plan, free: Collection[str], hardware: Hardware) -> bool:
+    """Whether an option that may be chosen does not go with what is on and stays."""
+    kind = next(type(o) for o in plan.optimizations if name in vars(o))
+    stays = {type(o) for o in plan.enabled() if vars(o).keys().isdisjoint(free)} - {kind}
+    names = {other.__name__ for other in stays}
+    theirs = [conflict for other in stays for conflict in other.conflicts if conflict.other == kind.__name__]
+    return any(each.when(hardware) for each in (*theirs, *(own for own in kind.conflicts if own.other in names)))
 
 
 def _planner(
@@ -173,7 +203,7 @@ def _planner(
 ) -> Planner:
     """What chooses among the options `names`, of which `pinned` stay; all others are as in `plan`."""
     wishes = Wishes(
-        available=frozenset(names), pinned=pinned, ram=available_ram() if hardware.is_cuda else None,
+        available=frozenset(names), pinned=pinned, ram=None if isinstance(hardware, Imagined) else available_ram(),
         others={name: value for name, value in plan.values().items() if name in PLAIN},
     )  # fmt: skip
     return Planner(models_for(wanted, plan), video or video_of(wanted, plan), card, wishes)

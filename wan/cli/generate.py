@@ -258,11 +258,12 @@ def examine(
 
 def machine(args: argparse.Namespace, registry: Sequence[type[Optimization]]) -> Hardware:
     """Where the command line runs. Raises BadRequest, or IncompatibleOptions for several processes."""
+    from wan.cli.budget import imagined
     from wan.cli.presets import refuse_several_processes
     from wan.engine.hardware import world
 
     refuse_several_processes(registry, world()[1])
-    return _hardware(args, world()[2])
+    return imagined(args, _hardware(args, world()[2]))
 
 
 def whole(pipeline: Any, job: Job, terminal: Terminal) -> Tensor:

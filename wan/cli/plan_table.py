@@ -20,13 +20,14 @@ PLAIN = "default"
 
 
 def option_lines(plan: Plan) -> list[str]:
-    """A row for every option there is: value, where it comes from, why."""
-    rows = [("option", "value", "from", "why")]
+    """A row for every option there is: value, where it comes from, why; those that somebody chose come first."""
+    rows = []
     for optimization in plan.optimizations:
         for o in options_of(type(optimization)):
             source, _, why = plan.reasons.get(o.name, PLAIN).partition(": ")
             rows.append((o.name, _spelled(getattr(optimization, o.name)), source, why))
-    return list(_columns(rows))
+    rows.sort(key=lambda row: row[2] == PLAIN)
+    return list(_columns([("option", "value", "from", "why"), *rows]))
 
 
 def network_lines(job: Job) -> list[str]:
