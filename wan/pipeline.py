@@ -119,7 +119,7 @@ class WanPipeline:
         checkpoint = Checkpoint(folder, config, chosen, config.get("model_type", self.kind))
         components = dummy_components(config) if load_format == "dummy" else checkpoint.components()
         if load_format != "dummy":
-            _check_weights(checkpoint, plan)
+            check_weights(checkpoint, plan)
             _tell_8_bits(checkpoint)
         self.engine: Engine = build_engine(components, plan, hardware, model=config["__name__"])
         self.engine.progress = self.progress
@@ -278,8 +278,8 @@ def scale_pair(guide_scale: float | tuple[float, float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
-    """Whether what the plan does to the transformers' weights fits them."""
+def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Raise BadCheckpoint unless what the plan does to the transformers' weights fits them. Reads headers alone."""
     for part in checkpoint.places.experts:
         for optimization in plan.enabled():
             optimization.check_weights(checkpoint.network(part).shapes, part)

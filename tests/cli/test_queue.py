@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import wan
@@ -445,6 +446,21 @@ def test_what_cannot_be_done_ends_with_status_2_before_anything_is_loaded(
     assert out == "" and re.fullmatch(r"error: [^\n]*\n", err), err
     assert re.search(says, err), err
     assert {path: path.read_bytes() for path in Path().rglob("*")} == before
+
+
+def test_a_later_lines_lora_must_fit_what_the_first_line_loads(
+    queue: Write, elsewhere: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another model is refused before anything is loaded, and one that would make another model of this."""
+    monkeypatch.setitem(vars(wan), "WanT2V", None)  # whoever calls it, breaks
+    for key, shape, said in (
+        ("blocks.9.ffn.0.diff_b", (64,), "which this transformer lacks"),
+        ("patch_embedding.diff", (48, 36, 1, 2, 2), "36 input channels, this model was loaded with 16"),
+    ):
+        save_file({key: torch.zeros(shape)}, str(elsewhere / "x.safetensors"))
+        assert main(queue({"prompt": "a cat"}, {"prompt": "a dog", "lora": "x.safetensors"})) == 2
+        err = capsys.readouterr().err
+        assert re.fullmatch(rf"error: --prompt_file 'jobs.jsonl', line 2: LoRA 'x.safetensors' .*{said}.*\n", err), err
 
 
 def test_flags_of_queues_are_refused_for_one_video(base: list[str], capsys: Any) -> None:

@@ -11,6 +11,7 @@ from wan.engine.errors import BadCheckpoint, BadRequest
 from wan.resources import folder as data_folder
 
 if TYPE_CHECKING:
+    from wan.components import Checkpoint
     from wan.engine.types import Component
     from wan.layouts import CheckpointFiles
 
@@ -136,13 +137,21 @@ def components_of(task: str, folder: Path | None, files: CheckpointFiles | None 
     """The networks of a checkpoint for `task`, checked; without folder and files those of its real sizes, with random
     weights. Reads headers, no weight. Raises BadCheckpoint.
     """
-    from wan.components import Checkpoint, dummy_components
+    from wan.components import dummy_components
+    from wan.configs import WAN_CONFIGS
+
+    if folder is None and files is None:
+        return dummy_components(WAN_CONFIGS[task])
+    return checkpoint_of(task, folder, files).components()
+
+
+def checkpoint_of(task: str, folder: Path | None, files: CheckpointFiles | None = None) -> Checkpoint:
+    """The checkpoint that `task` reads there; nothing is looked at yet."""
+    from wan.components import Checkpoint
     from wan.configs import WAN_CONFIGS
 
     config = WAN_CONFIGS[task]
-    if folder is None and files is None:
-        return dummy_components(config)
-    return Checkpoint(folder, config, files, config.get("model_type", _kind(task))).components()
+    return Checkpoint(folder, config, files, config.get("model_type", _kind(task)))
 
 
 def check_kind(

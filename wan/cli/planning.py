@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from wan.cli import record
 from wan.cli.budget import in_step
+from wan.cli.checkpoint import checkpoint_of
 from wan.cli.extension import asked_for
 from wan.cli.generate import Job, Shared, examine, machine, names_file, recorded
 from wan.cli.naming import Claims, run_folder
@@ -87,6 +88,7 @@ def plan_queue(args: argparse.Namespace, registry: Sequence[type[Optimization]],
     if not args.print_plan and jobs[0].wanted.repository is not None:
         fetch(jobs[0].wanted)
         items = [dataclasses.replace(item, job=recorded(item.entry.args, item.job)) for item in items]
+    _check_weights(items, there=not args.print_plan or jobs[0].wanted.repository is None)
     batch, notes = _batch(args, jobs[0])
     return Queue(
         items=list(_compared(items, results)), results=results, batch=batch, drawn_seed=seed if drawn else None,
@@ -145,6 +147,23 @@ def _examined(entry: Entry, registry: Sequence[type[Optimization]], default_pres
             return recorded(entry.args, job)
     except WanError as error:
         raise entry.refused(error) from error
+
+
+def _check_weights(items: Sequence[Item], *, there: bool) -> None:
+    """Refuse a line whose LoRAs do not fit the model, which is loaded once, for the first one."""
+    from wan.pipeline import check_weights
+
+    first, checked = items[0].job, [items[0].job.plan]
+    if not there or first.wanted.load_format == "dummy":
+        return
+    checkpoint = checkpoint_of(first.wanted.task, first.wanted.checkpoint, first.wanted.files)
+    for item in items:
+        if item.job.plan not in checked:
+            try:
+                check_weights(checkpoint, item.job.plan)
+            except WanError as error:
+                raise item.entry.refused(error) from error
+            checked.append(item.job.plan)
 
 
 def _refuse_one_file_twice(entries: Sequence[Entry]) -> None:
