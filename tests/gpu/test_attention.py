@@ -9,9 +9,10 @@ from torch import Tensor
 from wan.engine.hardware import probe
 from wan.engine.ops.attention import BACKENDS, is_exact, sdpa
 from wan.engine.ops.attention_kernels import merge
-from wan.engine.ops.float8_attention import attend_float8
+from wan.engine.ops.float8 import Quantized
+from wan.engine.ops.float8_attention import attend_float8, quantize_heads
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
 
 
@@ -46,7 +47,9 @@ def test_the_kernel_in_8_bits_is_its_definition() -> None:
         pytest.skip(str(refusal))
     q, k, v = qkv()
     k[..., 5] += 30
-    out = backend.load()(q, k, v, None)
-    # Probabilities are rounded by the largest score so far, and the output to bfloat16.
-    assert error(out, attend_float8(q.float(), k.float(), v.float())) < 2e-2
-    assert error(out, sdpa(q.double(), k.double(), v.double())) < 0.1
+    coded = Quantized(*quantize_heads(q), BF16)
+    for asked, exact in ((q, q.float()), (coded, coded)):
+        out = backend.attend()(asked, k, v, None)
+        # Probabilities are rounded by the largest score so far, and the output to bfloat16.
+        assert error(out, attend_float8(exact, k.float(), v.float())) < 2e-2
+        assert error(out, sdpa(q.double(), k.double(), v.double())) < 0.1

@@ -9,7 +9,7 @@ from wan.kernels import fused_cuda
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() and fused_cuda.is_built()), reason="needs CUDA kernels"),
+    pytest.mark.skipif(not fused_cuda.is_built(), reason="needs CUDA kernels"),
 ]
 HALF_ULP = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 

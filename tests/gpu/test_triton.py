@@ -18,7 +18,9 @@ from wan.engine.ops.rope import grid_table
 
 pytestmark = pytest.mark.gpu
 BF16, CUDA = torch.bfloat16, torch.device("cuda")
-IN_CODES = {"layer_norm_quantize", "gated_add_norm_quantize", "quantize_rows", "quantize_gelu"}
+IN_CODES = {
+    "layer_norm_quantize", "gated_add_norm_quantize", "norm_rotate_quantize", "quantize_rows", "quantize_gelu",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +50,15 @@ def cases(width: int, hidden: int) -> dict[Op[..., Any], tuple[Any, ...]]:
     frames = (
         torch.randn(1, width // 16, 3, 45, 80, device=CUDA).to(BF16).contiguous(memory_format=torch.channels_last_3d)
     )
+    heads = weight[0, 0], grid_table((3, 3, 37), 128, CUDA), width // 128, 1e-6
     return {
         modulate.layer_norm: (x, *norm),
         modulate.layer_norm_quantize: (x, *norm),
         modulate.gated_add: (x, y, gate, norm[2]),
         modulate.gated_add_norm: (x, y, gate, *norm),
         modulate.gated_add_norm_quantize: (x, y, None, *norm),
-        norms.norm_rotate: (y, weight[0, 0], grid_table((3, 3, 37), 128, CUDA), width // 128, 1e-6),
+        norms.norm_rotate: (y, *heads),
+        norms.norm_rotate_quantize: (y, *heads),
         float8.quantize_rows: (y,),
         float8.quantize_gelu: (wide,),
         linear.linear_gelu: (y, expand),
