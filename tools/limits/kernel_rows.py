@@ -90,6 +90,9 @@ CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
 }  # fmt: skip
 """Operation -> its arguments, and bytes per value of a stream that it cannot do without reading or writing."""
 
+OVER_BF16 = (lambda draw: (draw.half(), draw.half(), *draw.tables(), None, 1e-6, BF16), 2 + 2 + 2 + 2)
+"""`gated_add_norm` where the residual stream is bfloat16 too."""
+
 UNWRITTEN: Mapping[Op[..., Any], Callable[..., Any]] = {
     float8.quantize_gelu: lambda x: float8.quantize_rows(F.gelu(x, approximate="tanh")),
 }
@@ -102,17 +105,17 @@ SMOKE = ((3, 4, 5), 2, 24)
 
 def measure(book: Book, hardware: Hardware, size: tuple[tuple[int, int, int], int, int], runs: int) -> None:
     """One race an operation: its definition and everybody's kernel that is right here."""
-    for operation, (make, bytes_per_value) in CASES.items():
+    cases = [(operation.name, operation, *case) for operation, case in CASES.items()]
+    cases.append(("gated_add_norm over bf16", modulate.gated_add_norm, *OVER_BF16))
+    for name, operation, make, bytes_per_value in cases:
         draw = Draw(hardware.device, *size)
         args = make(draw)
         plain = UNWRITTEN.get(operation, operation.definition)
         moved = float(bytes_per_value * draw.tokens * draw.dim)
-        acts: dict[str, tuple[Act, Work]] = {
-            f"kernel/{operation.name}/torch": (lambda p=plain, a=args: p(*a), Work(bytes=moved))
-        }  # type: ignore[misc]
+        acts: dict[str, tuple[Act, Work]] = {f"kernel/{name}/torch": (lambda p=plain, a=args: p(*a), Work(bytes=moved))}  # type: ignore[misc]
         for provider, kernel in kernels_of(operation, hardware):
             apart = distance(_first(kernel(*make_like(args))), _first(operation.definition(*make_like(args))))
-            acts[f"kernel/{operation.name}/{provider}"] = (
+            acts[f"kernel/{name}/{provider}"] = (
                 lambda k=kernel, a=args: k(*a), Work(bytes=moved, distance=apart)
             )  # type: ignore[misc]  # fmt: skip
         book.race(acts, runs)

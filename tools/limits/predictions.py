@@ -54,15 +54,16 @@ PREDICTIONS: Sequence[Prediction] = (
         what="FlashAttention 3 in e4m3, the same (measured with quantising)", row="attention/flash3_fp8/75600",
         quantity="tflops", low=950, high=1050,
     ),
-    Prediction(what="product 75 600 x 5120 x 5120, bf16", row="gemm/bf16/5120", quantity="tflops", low=700, high=760),
-    Prediction(
-        what="product 75 600 x 5120 x 13 824, bf16", row="gemm/bf16/13824", quantity="tflops", low=700, high=760,
-    ),
-    Prediction(
-        what="the same in e4m3, one scale", row="gemm/fp8 tensor/13824", quantity="tflops", low=1300, high=1450
-    ),
-    Prediction(
-        what="the same in e4m3, a scale a row", row="gemm/fp8 rows/13824", quantity="tflops", low=1100, high=1300
+    *(
+        Prediction(
+            what=f"product 75 600 x 5120 x {wide}, {how}", row=f"gemm/{key}/{wide}", quantity="tflops", low=low,
+            high=high,
+        )
+        for wide in (5120, 13824, 15360)
+        for how, key, low, high in (
+            ("bf16", "bf16", 700, 760), ("e4m3, one scale", "fp8 tensor", 1300, 1450),
+            ("e4m3, a scale a row", "fp8 rows", 1100, 1300),
+        )
     ),
     Prediction(
         what="norm and modulation, 75 600 tokens: GB/s", row="kernel/layer_norm/triton", quantity="gb_s", low=2600,
@@ -77,20 +78,34 @@ PREDICTIONS: Sequence[Prediction] = (
         quantity="median_s", low=1.5e-3, high=2.0e-3,
     ),
     Prediction(
+        what="the same over bfloat16: seconds", row="kernel/gated_add_norm over bf16/triton", quantity="median_s",
+        low=1.0e-3, high=1.4e-3,
+    ),
+    Prediction(
         what="GELU inside the product: relative distance to a GELU behind it", row="gemm/gelu inside/13824",
         quantity="distance", low=0.0, high=5e-3,
     ),
     Prediction(
-        what="3x3x3 convolution of 384 channels, bf16", row="conv3d/bf16/384", quantity="tflops", low=350, high=450
+        what="GELU behind the product over GELU inside it, 13 824 wide", row="gemm/gelu behind/13824",
+        of="gemm/gelu inside/13824", quantity="median_s", low=1.08, high=1.14,
     ),
-    Prediction(
-        what="3x3 convolution of the same FLOP, bf16", row="conv2d/bf16/384", quantity="tflops", low=500, high=600
+    *(
+        Prediction(
+            what=f"{kernel} convolution, FLOP of {channels} channels, bf16", row=f"{key}/bf16/{channels}",
+            quantity="tflops", low=low, high=high,
+        )
+        for channels in (96, 192, 384, 256, 512, 1024)
+        for kernel, key, low, high in (("3x3x3", "conv3d", 350, 450), ("3x3", "conv2d", 500, 600))
     ),
     Prediction(
         what="norm and rotation of queries, 75 600 tokens: seconds", row="kernel/norm_rotate/triton",
         quantity="median_s", low=0.5e-3, high=0.7e-3,
     ),
     Prediction(what="copies from pinned memory, GB/s", row="copy/pinned", quantity="gb_s", low=45, high=55),
+    Prediction(
+        what="the same while products are computed, GB/s", row="copy/pinned beside products", quantity="gb_s", low=45,
+        high=55,
+    ),
     Prediction(
         what="all blocks swapped, over all resident, A14B 720p", row="A14B 720p/ours swapped",
         of="A14B 720p/ours kernels", quantity="median_s", low=0.99, high=1.01,
