@@ -3,6 +3,7 @@
     python tools/train_demo.py all --work runs/demo        every stage, about 3 hours on 2 cores with AMX
     python tools/train_demo.py evaluate --folder demo      measure the shipped weights again
     python tools/train_demo.py resume --folder demo        train the shipped experts further, and measure the result
+    python tools/train_demo.py phrases --folder demo       teach the text encoder word order once more, and measure that
     python tools/train_demo.py i2v --folder demo           teach the shipped experts to continue a picture (demo/i2v/)
     python tools/train_demo.py evaluate-i2v --folder demo  measure that
     python tools/train_demo.py few_step --folder demo      distil them into LoRAs for four steps (demo/few_step/)
@@ -24,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STAGES = ("vae", "base", "experts", "export", "evaluate")
+STAGES = ("vae", "base", "experts", "phrases", "export", "evaluate")
 
 
 def train_vae(work: Path, scale: float, smoke: bool) -> None:
@@ -80,6 +81,13 @@ def train_experts(work: Path, scale: float, smoke: bool, resume: bool = False) -
         parallel.launch(train_dit, 2, config, work / "vae.pt", work / f"{name}.pt", start)
 
 
+def train_phrases(work: Path, scale: float, smoke: bool) -> None:
+    """The text encoder alone, on phrases whose meaning is in the order of their words."""
+    from demo.phrases import PhraseTraining, train_phrases
+
+    train_phrases(PhraseTraining(seconds=1.0 if smoke else 120 * scale), work)
+
+
 def train_i2v(work: Path, scale: float, smoke: bool) -> None:
     """An adapter of each expert, with a first frame given and now and then a last one.
 
@@ -92,7 +100,11 @@ def train_i2v(work: Path, scale: float, smoke: bool) -> None:
     import torch
     from demo import given, parallel
     from demo.dit import DitConfig
-    from demo.dit_train import BOUNDARY, DitTraining, train_dit
+    from demo.dit_train import DitTraining, train_dit
+
+    from wan.configs import WAN_CONFIGS
+
+    boundary = WAN_CONFIGS["i2v-demo"].boundary
 
     common = DitTraining(
         batch=8, first_clips=40, clips_per_step=0.5, matrix_rate=5e-3, other_rate=5e-3, decay_from=0.4, average=0.99,
@@ -100,8 +112,8 @@ def train_i2v(work: Path, scale: float, smoke: bool) -> None:
         model=DitConfig(in_dim=DitConfig.in_dim + given.CHANNELS),
     )  # fmt: skip
     runs = {
-        "high": replace(common, seconds=800 * scale, low=BOUNDARY, high=1.0, seed=101),
-        "low": replace(common, seconds=700 * scale, low=0.0, high=BOUNDARY, seed=102),
+        "high": replace(common, seconds=800 * scale, low=boundary, high=1.0, seed=101),
+        "low": replace(common, seconds=700 * scale, low=0.0, high=boundary, seed=102),
     }
     for name, config in runs.items():
         if smoke:
@@ -182,6 +194,8 @@ def go_on(args: argparse.Namespace, folder: Path) -> tuple[tuple[str, ...], Path
     read_back(folder, args.work)
     if args.stage == "resume":
         train_experts(args.work, args.scale, args.smoke, resume=True)
+    if args.stage in ("resume", "phrases"):
+        train_phrases(args.work, args.scale, args.smoke)
         return ("export", "evaluate"), args.work / "demo"
     if args.stage == "i2v":
         train_i2v(args.work, args.scale, args.smoke)
@@ -208,7 +222,7 @@ def main() -> None:
     folder = args.folder or args.work / "demo"
     clips = 2 if args.smoke else args.prompts
     stages = STAGES if args.stage == "all" else (args.stage,)
-    if args.stage in ("resume", "i2v", "few_step"):
+    if args.folder and args.stage == "phrases" or args.stage in ("resume", "i2v", "few_step"):
         stages, folder = go_on(args, folder)
     for stage in stages:
         if stage == "vae":
@@ -217,6 +231,8 @@ def main() -> None:
             train_base(args.work, args.scale, args.smoke)
         elif stage == "experts":
             train_experts(args.work, args.scale, args.smoke)
+        elif stage == "phrases":
+            train_phrases(args.work, args.scale, args.smoke)
         elif stage == "export":
             export(args.work, folder)
         elif stage == "evaluate":

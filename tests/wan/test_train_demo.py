@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from demo import adapter, dit, few_step, given, norm_silu, scenes, text
+from demo import adapter, dit, few_step, given, norm_silu, phrases, scenes, text
 from demo import vae as small_vae  # noqa: E402
 from demo.evaluate_i2v import psnr  # noqa: E402
 
@@ -28,6 +28,9 @@ from wan.engine.weights.lora import merged, open_lora  # noqa: E402
 from wan.modules.model import WanModel  # noqa: E402
 from wan.modules.tokenizers import HuggingfaceTokenizer  # noqa: E402
 from wan.modules.vae import WanVAEModel, build_vae  # noqa: E402
+
+
+DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -246,3 +249,34 @@ def test_exported_loras_are_read_as_they_were_trained(tmp_path: Path) -> None:
     lora = open_lora(tmp_path / "few_step" / "low.safetensors")
     read = dict(merged(base.items(), [(lora, 1.0)]))
     torch.testing.assert_close(read, adapter.adapted(base, trained), rtol=2e-3, atol=2e-3)  # stored as float16
+
+
+def test_roundabout_captions_get_the_states_of_plain_ones_and_other_captions_their_own() -> None:
+    teacher = text.build_encoder(text.TextConfig(), 0).requires_grad_(False)
+    tokens, states = phrases.Lessons(teacher, phrases.PhraseTraining(batch=3)).draw(32)
+    words = dict(map(reversed, text.WordTokenizer().ids.items()))
+    for ids, state in zip(tokens[:3], states[:3], strict=True):
+        said = " ".join(words[token] for token in ids[:-1])
+        phrase = next(each for each in phrases.PLAIN if each in said)
+        plain = said.replace(phrase, phrases.PLAIN[phrase])
+        wanted = text.embed(teacher, [text.WordTokenizer()(plain)], 32)[0]
+        begin = said.split().index("from")
+        assert relative(state[:begin], wanted[:begin]) < 1e-5
+        assert relative(state[begin + 3], wanted[begin + 2]) < 1e-5  # left or right
+        assert relative(state[begin + 4 : 32], wanted[begin + 3 : 31]) < 1e-5
+    assert relative(text.embed(teacher, tokens[3:], 32), states[3:]) < 1e-5
+
+
+def test_shipped_encoder_knows_which_way_from_right_to_left_is() -> None:
+    encoder = text.build_encoder(text.TextConfig(), 0).requires_grad_(False)
+    encoder.load_state_dict(torch.load(DEMO / "models_t5_umt5-xxl-enc-bf16.pth", weights_only=True))
+    tokenizer, caption = text.WordTokenizer(), "a small pink square glides {} on a gray background"
+
+    def direction(path: str) -> torch.Tensor:
+        ids = tokenizer(caption.format(path))
+        return text.embed(encoder, [ids], 32)[0, ids.index(tokenizer.ids["on"]) - 1]  # the phrase's last word
+
+    left, right = direction("to the left"), direction("to the right")
+    for phrase, meant, opposite in (("right to left", left, right), ("left to right", right, left)):
+        got = direction(f"from {phrase}")
+        assert relative(got, meant) < 0.25 * relative(got, opposite)

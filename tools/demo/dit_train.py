@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan.configs import WAN_CONFIGS
+
 from . import dit, scenes, text
 from .adapter import adapted, init_adapter
 from .parallel import Average, Clock, Muon, average_gradients
 from .vae import compute_copy, normalized_latents
 
 SHIFT = 3.0  # of training and sampling: sigma = 3 u / (1 + 2 u), u uniform
-BOUNDARY = 0.875  # sigma from which the high-noise expert works
+BOUNDARY = WAN_CONFIGS["t2v-demo"].boundary  # sigma from which the high-noise expert works
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,8 @@ i2v_demo = make_config(
     in_dim=36,
     model_type="i2v",
     image_dim=0,
+    # Where its adapters were taught to take over from each other.
+    boundary=0.875,
     # It knows one size, so a picture of any shape is cut to it.
     sample_fit="crop",
 )
