@@ -222,7 +222,7 @@ def main() -> None:
     folder = args.folder or args.work / "demo"
     clips = 2 if args.smoke else args.prompts
     stages = STAGES if args.stage == "all" else (args.stage,)
-    if args.folder and args.stage == "phrases" or args.stage in ("resume", "i2v", "few_step"):
+    if args.stage in ("resume", "i2v", "few_step") or (args.stage == "phrases" and args.folder):
         stages, folder = go_on(args, folder)
     for stage in stages:
         if stage == "vae":

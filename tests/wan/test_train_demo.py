@@ -29,7 +29,6 @@ from wan.modules.model import WanModel  # noqa: E402
 from wan.modules.tokenizers import HuggingfaceTokenizer  # noqa: E402
 from wan.modules.vae import WanVAEModel, build_vae  # noqa: E402
 
-
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
