@@ -92,7 +92,9 @@ def measured() -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows, seen = found["rows"], {row["variant"] for row in found["rows"] if row["runs"]}
     count = max(row["runs"] for row in rows)
-    missing = [case.label for case in cases_of(registry(), trained=33, cuda=True) if case.label not in seen]
+    missing = [
+        case.label for case in cases_of(registry(), task="t2v-demo", trained=33, cuda=True) if case.label not in seen
+    ]
     return [
         "",
         "## Measured on the demo model",
