@@ -66,12 +66,17 @@ def test_without_a_gpu_it_is_planned_for_the_card_of_the_preset_or_one_that_has_
     assert chosen == sorted(chosen, reverse=True) and any(chosen)
 
 
-def test_what_does_not_go_with_an_option_that_stays_is_not_chosen() -> None:
+def test_what_does_not_go_with_an_option_that_stays_is_not_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = ["--task", "t2v-A14B", "--size", "1280*720", "--load_format", "dummy", "--vram_budget", "12GB"]
     plan, found, _ = planned(words=words)
     assert plan.values()["attention_rows"] == found.values["attention_rows"] > 0
-    plan, found, _ = planned("--share_first_block", words=words)
-    assert plan.values()["share_first_block"] and not found.values["attention_rows"]
+    Path("mine.toml").write_text("share_first_block = true\n")
+    for stays in (["--share_first_block"], ["--preset", "mine.toml"]):
+        plan, found, _ = planned(*stays, words=words)
+        assert plan.values()["share_first_block"] and not found.values["attention_rows"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from wan.cli.cards import CARDS, SHEETS
 from wan.cli.checkpoint import components_of
 from wan.cli.memory import available_ram
 from wan.cli.quality_sets import may_use
-from wan.engine.budget import MARGIN_BYTES, Planner, Wishes, gigabytes
+from wan.engine.budget import CHOSEN, MARGIN_BYTES, Planner, Wishes, gigabytes
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.hardware import Hardware
 from wan.engine.optimizations import FP8, T5FP8, Compile, ContextWindows, FewStep, LoRA, Precision
@@ -178,7 +178,8 @@ def planner_of(
     compiling = plan.get(Compile)
     if not (compiling.compile and compiling.mode == "default" and compiling.cuda_graphs is None and hardware.is_cuda):
         names -= {"cuda_graphs"}
-    names -= {name for name in names - pinned.keys() if _ruled_out(name, plan, names - pinned.keys(), hardware)}
+    free = names.intersection(CHOSEN) - pinned.keys()
+    names -= {name for name in free if _ruled_out(name, plan, free, hardware)}
     card = card_of(hardware.name, hardware.total_memory)
     return _planner(wanted, plan, hardware, card, names, pinned, video)
 
