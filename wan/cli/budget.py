@@ -67,9 +67,8 @@ def imagined(args: argparse.Namespace, here: Hardware) -> Hardware:
     named = next((SHEETS[card.sheet] for card in CARDS if card.preset == args.preset), None)
     sheet = named if named is not None and named.memory >= args.vram_budget else card_for(args.vram_budget)
     sm = next(card.sm for card in CARDS if card.sheet == sheet.name)
-    return Imagined(
-        device=torch.device("cuda"), name=sheet.name, sm=sm, total_memory=sheet.memory, free_memory=sheet.memory
-    )
+    memory = max(sheet.memory, args.vram_budget)  # a card sold with 24 GB has a little less
+    return Imagined(device=torch.device("cuda"), name=sheet.name, sm=sm, total_memory=memory, free_memory=memory)
 
 
 def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserved: int | None = None) -> Budget | None:

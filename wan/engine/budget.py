@@ -196,6 +196,11 @@ class Planner:
         )
 
 
+def _lasting(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 600 else f"{minutes} min" if minutes < 180 else f"{seconds / 3600:.1f} h"
+
+
 def describe_budget(found: Prediction) -> list[str]:
     """What is predicted, in lines for people: bytes of each stage, pace, and whether copies hide."""
     limit = "" if found.budget is None else f" of {gigabytes(found.budget)}"
@@ -203,7 +208,7 @@ def describe_budget(found: Prediction) -> list[str]:
     for phase, parts in found.phases.items():
         shares = " + ".join(f"{name} {gigabytes(size)}" for name, size in parts.items() if size)
         lines.append(f"        {phase:8}{gigabytes(sum(parts.values()))} = {shares}")
-    pace = f"{found.seconds_per_step:.2f} s/step, {found.total_seconds:.0f} s a video"
+    pace = f"{found.seconds_per_step:.2f} s/step, {_lasting(found.total_seconds)} a video"
     pace += ", every step computed" if found.values["cache"] != "off" else ""
     lines.append(f"pace    {pace}, computed from {found.card.source}; {gigabytes(found.host_bytes)} of RAM for weights")
     if found.copies_hide is not None:
