@@ -23,13 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 from limits import ceilings, kernel_rows  # noqa: E402
-from limits.book import FAULTS, Act, Book, Work, distance  # noqa: E402
+from limits.book import FAULTS, Act, Book, Row, Work, distance  # noqa: E402
 from limits.page import PARTS, RESULTS, page  # noqa: E402
 from limits.subjects import Case, Forwards, inside, latent_size, network, rival_vae, usable  # noqa: E402
 
 from wan.configs import WAN_CONFIGS  # noqa: E402
 from wan.engine.hardware import Hardware, probe  # noqa: E402
-from wan.engine.ops.attention import choose  # noqa: E402
+from wan.engine.ops.attention import BACKENDS, InCodes, choose  # noqa: E402
+from wan.engine.ops.float8_attention import attend_float8  # noqa: E402
 
 DEMO = "t2v-demo"
 SMALL = (
@@ -112,7 +113,8 @@ def shrunk(cases: Sequence[Case], smoke: bool) -> Iterator[Case]:
 
 
 def transformers(book: Book, hardware: Hardware, cases: Sequence[Case], runs: int) -> None:
-    """One transformer at these sizes: everybody on one set of weights, then our own swapped, then ours in 8 bits."""
+    """One transformer at these sizes: everybody on one set of weights, then our own swapped, then ours with products in
+    8 bits, then with attention in 8 bits too."""
     with torch.inference_mode(False):
         forwards = Forwards(cases[0], hardware, attention="auto")
         rival = usable(forwards.rival)
@@ -126,6 +128,14 @@ def transformers(book: Book, hardware: Hardware, cases: Sequence[Case], runs: in
     del forwards, rival
     with torch.inference_mode(False):
         eight = Forwards(cases[0], hardware, attention="auto", fp8="scaled" if hardware.is_cuda else "auto")
+    alone(book, eight, cases, "ours fp8", runs)
+    backend = BACKENDS["flash3_fp8"]
+    if hardware.is_cuda and (refusal := backend.refusal(hardware, torch.bfloat16, 128)) is not None:
+        for case in cases:
+            book.add(Row(key=f"{case.key}/ours 8-bit", failed=str(refusal)))
+        return
+    for block in eight.dit.blocks:
+        block.self_attn.attend = backend.attend() if hardware.is_cuda else InCodes(attend_float8)
     alone(book, eight, cases, "ours 8-bit", runs)
 
 

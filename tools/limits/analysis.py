@@ -52,8 +52,8 @@ STEPS_ON: Sequence[tuple[str, Way, str]] = (
     ("nothing: `--attention sdpa --kernels torch`", PLAIN, "ours"),
     ("`--attention auto`", Way(hopper_attention=True), ""),
     ("and `--kernels auto`, or `--compile`", EXACT, "ours kernels"),
-    ("and `--fp8 scaled`", replace(EXACT, linear_8=True), "ours 8-bit"),
-    ("and `--attention flash3_fp8`", EIGHT, ""),
+    ("and `--fp8 scaled`", replace(EXACT, linear_8=True), "ours fp8"),
+    ("and `--attention flash3_fp8`", EIGHT, "ours 8-bit"),
 )
 
 

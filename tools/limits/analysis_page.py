@@ -50,7 +50,7 @@ def page() -> str:
     ridge = a.H100.bf16 / a.H100.hbm
     lines = [HEAD.format(state=state, ridge=ridge, **shares).rstrip("\n"), "", *a.cases_table(rows), ""]
     lines += [PLAIN_IS, "", "## What each option buys", "", *a.flags_table(rows, a.LARGE), ""]
-    lines += [*a.flags_table(rows, "1.3B 480p"), "", BUYS, ""]
+    lines += [*a.flags_table(rows, "1.3B 480p"), "", BUYS, "", *smaller(), ""]
     lines += ["## Claims you will meet", "", *claims(rows), "", *ninety(), "", LOG]
     return "\n".join(lines)
 
@@ -65,6 +65,29 @@ which is what PyTorch takes there too. A dash: the card cannot. Options that lea
 guidance in half of the steps (`--cfg_interval`) leaves 3/4 of them, a cache that skips half leaves 1/2, a few-step LoRA
 of 4 steps without guidance leaves 4 of 80; all three change the picture ([step-caches.md](step-caches.md),
 [lora.md](lora.md))."""
+
+
+def smaller() -> Iterator[str]:
+    """Options and kernels that are worth little at this size, and how little."""
+    net, (tokens, done) = a.sizes("t2v-A14B").transformer, a.cost(a.LARGE, fused=True)
+    n, d, seconds = net.num_blocks, net.dim, a.forward_s(a.LARGE, a.H100, a.EXACT)
+    rate, memory = roofline.GEMM * a.H100.bf16, roofline.HBM * a.H100.hbm
+    first = 8 * tokens * d * d / rate + done.attention / n / (roofline.ATTENTION * a.H100.bf16)
+    saved = {
+        "`--share_first_block`, with guidance": first / 2,
+        "`--keep_text_keys`": 4 * n * net.text_len * d * d / rate,
+        "GELU at the end of its product (`--kernels`)": n * 4 * tokens * net.ffn_dim / memory,
+        "queries rounded to 8 bits where they are normed (`--kernels`, `flash3_fp8`)": n * 6 * tokens * d / memory,
+    }
+    eight = a.forward_s(a.LARGE, a.H100, a.EIGHT)
+    yield f"| worth less, {a.LARGE} on an H100 | saves of {seconds:.1f} s ({eight:.1f} s in 8 bits) | measured |"
+    yield "|---|---|---|"
+    for name, worth in saved.items():
+        yield f"| {name} | {worth * 1e3:.0f} ms | {a.NOT_MEASURED} |"
+    launches, block = 3 * n - 3, 1e3 * seconds / n
+    yield f"| modulation of all blocks at once | {launches} launches, behind blocks of {block:.0f} ms | {a.NOT_MEASURED} |"
+    yield f"| `--fuse_qkv`, `--cuda_graphs` | nothing: products and blocks are long enough | {a.NOT_MEASURED} |"
+    yield f"| `--tf32` | nothing: no large product of the transformer is in float32 | {a.NOT_MEASURED} |"
 
 
 def claims(rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -149,7 +172,8 @@ Dropped after it was built, tried or worked out; of each, what said so.
 | a CUDA RMS norm with float32 weights, for the DiT | there the norm goes with the rotary embedding in one kernel; alone it would read and write the stream once more | arithmetic |
 | SiLU with a gate in the models | no network of Wan has one; the kernel is the gated GELU's with another line | reading |
 | a torch extension for the CUDA kernels | bound to one torch, needs ninja and a minute of C++; a C interface of two functions compiles without torch's headers and is loaded by ctypes | built: five cards and PTX in 15 s of CPU |
-| training-free sparse attention through flex attention | it computes at some 400 TFLOP/s on Hopper, dense FlashAttention 3 at 650: it wins only where more than 40 % of the scores are left out, in 8 bits more than 60 % | arithmetic from published rates |
+| training-free sparse attention through flex attention | it computes at some 400 TFLOP/s on Hopper, dense FlashAttention 3 at 650: it wins only where more than 1 - 400/650 = 38 % of the scores are left out, against 950 in 8 bits more than 1 - 400/950 = 58 %. With half of them left out it would be 800/650 = 1.23 times as fast as bf16 and slower than 8 bits, in another picture. A block-sparse kernel of Hopper's own (wgmma) would change that; it is not written | arithmetic from published rates |
+| keys in 8 bits out of the norm and rotary kernel | their mean over all tokens comes off before they are rounded, so they are read once more anyway | reading |
 | CUDA graphs at 480p and 720p | launching takes under half a millisecond a block, a block 15 to 250 ms | arithmetic |
 | int8 weights and inputs, in layers of the demo, 1.3B and A14B | on a CPU that has AMX for both they take 1.4 to 4.2 times as long as bfloat16, quantising the input included, PyTorch's own dynamic layer 1.6 to 2.5 times; on a GPU not measured | measured, one thread of a shared Xeon, 5 rounds in turns: `OMP_NUM_THREADS=1 python tools/measure_fp8.py --clips 0` ([int8_cpu.json](benchmarks/fp8/int8_cpu.json)) |
 | compiling on a CPU | 28 s of compiling for 0.2 ms a block | measured while planning, 2 cores |

@@ -139,7 +139,12 @@ PREDICTIONS: Sequence[Prediction] = (
         what="our forward in bf16, 5B 720p", row="5B 720p/ours kernels", quantity="median_s", low=0.76, high=0.86
     ),
     Prediction(
-        what="our forward in 8 bits, A14B 720p", row="A14B 720p/ours 8-bit", quantity="median_s", low=6.3, high=7.3
+        what="our forward with products in 8 bits, A14B 720p", row="A14B 720p/ours fp8", quantity="median_s", low=8.6,
+        high=9.6,
+    ),
+    Prediction(
+        what="our forward with products and attention in 8 bits, A14B 720p", row="A14B 720p/ours 8-bit",
+        quantity="median_s", low=6.3, high=7.3,
     ),
     Prediction(
         what="without a compiler over with it, A14B 720p", row="A14B 720p/ours kernels", of="A14B 720p/ours compiled",
