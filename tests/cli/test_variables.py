@@ -51,6 +51,13 @@ def test_every_variable_is_taken_and_told(program: Any) -> None:
     assert program({}, reads=False)[1].count("environment") == 0, "generate.py reads none"
 
 
+def test_what_overlaps_is_what_the_flags_make(program: Any) -> None:
+    """Windows of a video here; the clips of a task that has clips, and of --extend, likewise."""
+    status, err = program({"MOTION_FRAME": "8"}, "--context_frames", "81")
+    assert status == 0 and "MOTION_FRAME=8 in the environment is taken as --context_overlap 8" in err
+    assert re.search(r"context_overlap +8 +MOTION_FRAME=8 in the environment", err)
+
+
 def test_compile_is_switched_by_its_variable(program: Any) -> None:
     assert "compile=True (WAN_TORCH_COMPILE=1 in the environment)" in program({"WAN_TORCH_COMPILE": "1"})[1]
 

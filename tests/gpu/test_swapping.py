@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -27,8 +30,7 @@ def stack() -> nn.ModuleList:
     return blocks
 
 
-def seconds(blocks: nn.ModuleList, run: object, x: torch.Tensor) -> tuple[float, torch.Tensor]:
-    assert callable(run)
+def seconds(blocks: nn.ModuleList, run: Callable[..., Any], x: Any) -> tuple[float, Any]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for timed in (False, True):
         out = x
@@ -56,3 +58,16 @@ def test_copies_hide_behind_computing_and_change_no_bit() -> None:
     resident, expected = seconds(blocks.to(CUDA), lambda block, x: block(x), x)
     assert torch.equal(out, expected)
     assert swapped < 1.2 * resident
+
+
+@torch.inference_mode()
+def test_a_block_that_serves_two_branches_in_turn_is_copied_once() -> None:
+    """Few tokens, so that copies take the time: two branches block by block wait for half of them."""
+    blocks, x = stack(), torch.randn(64, WIDTH, dtype=torch.bfloat16, device=CUDA)
+    swap = Swap(list(blocks), CUDA, prefetch=1)
+    run = swap.wrap(lambda block, x: block(x))
+    alone, out = seconds(blocks, run, x)
+    in_turns, both = seconds(blocks, lambda block, pair: [run(block, each) for each in pair], [x, x])
+    swap.release()
+    assert all(torch.equal(each, out) for each in both)
+    assert in_turns < 1.4 * alone, "as long as one branch needs, not as two"

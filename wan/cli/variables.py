@@ -21,13 +21,17 @@ RECORDED = ("from_", "resume", "decode")
 
 @dataclass(frozen=True)
 class Variable:
-    """One or more variables that together make the flag `dest`; `rivals` are flags that say the same otherwise."""
+    """One or more variables that together make the flag `dest`; `rivals` are flags that say the same otherwise.
+
+    `beside` are pairs of a flag and what the variable makes in place of `dest` where that flag is given.
+    """
 
     names: tuple[str, ...]
     dest: str
     read: Callable[..., Any]
     wants: str
     rivals: tuple[str, ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
 
 
 def _count(text: str) -> int:
@@ -58,7 +62,13 @@ VARIABLES = (
     Variable(("WIDTH", "HEIGHT"), "size", _size, "whole numbers above 0, both"),
     Variable(("FRAME_RATE",), "fps", _count, COUNT),
     Variable(("MAX_FRAMES",), "frame_num", _frames, COUNT, rivals=("duration",)),
-    Variable(("MOTION_FRAME",), "refert_num", _count, COUNT),
+    Variable(
+        ("MOTION_FRAME",),
+        "refert_num",
+        _count,
+        COUNT,
+        beside=(("context_frames", "context_overlap"), ("extend", "extend_overlap")),
+    ),
     Variable(("WAN_TORCH_COMPILE",), "compile", str2bool, "True or False"),
     Variable(("WAN_LORA_STREAMING",), "lora_mode", _mode("stream"), "True or False"),
     Variable(("WAN_LORA_ONTHEFLY",), "lora_mode", _mode("onthefly"), "True or False"),
@@ -80,16 +90,17 @@ def fill(args: argparse.Namespace, environment: Mapping[str, str]) -> list[str]:
         value, said = _read(variable, given), " ".join(f"{name}={text}" for name, text in given.items())
         if value is None:
             continue
-        if variable.dest in taken:
-            both = " and ".join(f"{text} in the environment" for text in (taken[variable.dest], said))
+        dest = next((instead for flag, instead in variable.beside if _is_set(args, flag)), variable.dest)
+        if dest in taken:
+            both = " and ".join(f"{text} in the environment" for text in (taken[dest], said))
             raise BadRequest(f"{both} contradict each other: unset one")
-        flag = next((dest for dest in (variable.dest, *variable.rivals, *RECORDED) if _is_set(args, dest)), None)
+        flag = next((each for each in (dest, *variable.rivals, *RECORDED) if _is_set(args, each)), None)
         if flag is not None:
             lines.append(f"{said} in the environment is not used: --{flag.rstrip('_')} says it")
             continue
-        setattr(args, variable.dest, value)
-        taken[variable.dest] = said
-        lines.append(f"{said} in the environment is taken as --{variable.dest} {value}")
+        setattr(args, dest, value)
+        taken[dest] = said
+        lines.append(f"{said} in the environment is taken as --{dest} {value}")
     return lines
 
 
