@@ -19,6 +19,8 @@ from wan.engine.adapting import Adapted, LowRank
 from wan.engine.compiling import Compiled
 from wan.engine.errors import BadCheckpoint, BadRequest, IncompatibleOptions
 from wan.engine.ops.float8 import Coded, Float8Linear, quantize_weight
+from wan.engine.optimizations import Compile, registry
+from wan.engine.plan import Plan
 from wan.engine.weights.lora import merged, open_lora
 
 SIZE: dict[str, Any] = {"sampling_steps": 2, "seed": 1, "offload_model": None, "guide_scale": 4.0}
@@ -287,6 +289,17 @@ def test_a_lora_for_tokens_behind_the_video_is_refused_where_it_cannot_act(
         wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=path, attention_rows=64)
     with pytest.raises(BadRequest, match=r"x\.safetensors' acts on tokens behind .* alone, and 'high' has none"):
         wan.WanT2V(tiny_config, tiny_checkpoint, device="cpu", lora=path)
+
+
+@pytest.mark.parametrize("graphs", [{"compile_mode": "max-autotune"}, {"cuda_graphs": True}], ids=str)
+def test_weights_that_are_merged_for_a_call_are_not_for_graphs(graphs: dict[str, Any]) -> None:
+    plan = Plan.of(registry(), {"compile": True, "lora_mode": "stream", **graphs})
+    (flag,) = (f"--{name}" for name in graphs)
+    with pytest.raises(
+        IncompatibleOptions, match=rf"{flag}.* and --lora_mode stream do not go together: a graph holds"
+    ):
+        plan.get(Compile).check_plan(plan)
+    plan.get(Compile).check_plan(plan.changed(registry(), {"lora_mode": "onthefly"}))
 
 
 def test_a_file_of_another_model_is_refused_also_for_one_video(

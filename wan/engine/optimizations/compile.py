@@ -15,6 +15,7 @@ from wan.engine.compiling import Compiled, room_for_forms
 from wan.engine.errors import IncompatibleOptions, UnsupportedHardware
 from wan.engine.hardware import Hardware
 from wan.engine.options import option
+from wan.engine.plan import Plan
 
 if TYPE_CHECKING:
     from wan.engine.engine import Engine
@@ -62,6 +63,14 @@ class Compile(Compiled):
     def check(self, hardware: Hardware) -> None:
         self._check_graphs(hardware)
         super().check(hardware)
+
+    def check_plan(self, plan: Plan) -> None:
+        if self.mode in WITH_GRAPHS and plan.values().get("lora_mode") == "stream":
+            flag = "--cuda_graphs" if self.cuda_graphs else f"--compile_mode {self.compile_mode}"
+            raise IncompatibleOptions(
+                f"{flag} and --lora_mode stream do not go together: a graph holds the addresses of weights, and those "
+                "that are merged for a call lie elsewhere in the next. Use --lora_mode onthefly or merge."
+            )
 
     def _check_graphs(self, hardware: Hardware) -> None:
         if self.cuda_graphs is None:
