@@ -6,7 +6,9 @@ Encoding and decoding try the same ways. Hours of sampling may stand before deco
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -58,11 +60,13 @@ def first_that_fits(
 ) -> Made:
     """What `act` gives for the first of `ways` for which memory suffices. What it raises for the last one is raised.
 
+    Only the first is compiled, if the plan says so: for sizes and devices that nobody planned that would take minutes.
     `again` is called before another try, `lacks` tells (default `is_out_of_memory`) what another way may cure.
     """
     for way, after in zip(ways, [*ways[1:], None], strict=True):
         try:
-            return act(way)
+            with nullcontext() if way is ways[0] else uncompiled():
+                return act(way)
         except (RuntimeError, MemoryError) as error:
             if after is None or not (lacks or is_out_of_memory)(error):
                 raise
@@ -71,6 +75,12 @@ def first_that_fits(
         free_memory()
         progress.note(f"out of memory while {doing} {way}; trying again {after}")
     raise AssertionError("the last attempt returns or raises")
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Let compiled code run as it is written meanwhile."""
+    compiler = sys.modules.get("torch._dynamo")  # where nothing was compiled it is not there, and slow to import
+    return nullcontext() if compiler is None else torch.compiler.set_stance("force_eager")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
