@@ -46,10 +46,13 @@ def _residual_norm(
         tl.store(out_ptr + token * D + at, out, mask=inside)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float, dtype: torch.dtype = torch.float32
-) -> Tensor:
+Norm = tuple[Tensor, Tensor, Tensor | None, float, torch.dtype]
+"""Weight, bias, rows, eps and the dtype of what is normed."""
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm(x) * weight + bias; x is not written."""
+    weight, bias, rows, eps, dtype = norm
     if not _takes(x, weight, bias, rows=rows):
         return NotImplemented
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -57,10 +60,9 @@ def layer_norm(
     return out
 
 
-def layer_norm_quantize(
-    x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def layer_norm_quantize(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """Codes and scales of what `layer_norm` gives; x is not written."""
+    weight, bias, rows, eps, dtype = norm
     if not _takes(x, weight, bias, rows=rows) or not has_e4m3(x.device):
         return NotImplemented
     codes, scale = _codes(x)
@@ -76,11 +78,9 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor, rows: Tensor | None = None) ->
     return x
 
 
-def gated_add_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gated_add_norm(x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
     """x + y * gate, in x, and `layer_norm` of that."""
+    weight, bias, rows, eps, dtype = norm
     if not _takes(x, y, gate, weight, bias, rows=rows):
         return NotImplemented
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -89,10 +89,10 @@ def gated_add_norm(
 
 
 def gated_add_norm_quantize(
-    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, bias: Tensor, rows: Tensor | None, eps: float,
-    dtype: torch.dtype,
+    x: Tensor, y: Tensor, gate: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """x + y * gate, in x, and codes and scales of `layer_norm` of that."""
+    weight, bias, rows, eps, dtype = norm
     if not _takes(x, y, gate, weight, bias, rows=rows) or not has_e4m3(x.device):
         return NotImplemented
     codes, scale = _codes(x)

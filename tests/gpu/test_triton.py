@@ -44,7 +44,7 @@ def cases(width: int, hidden: int) -> dict[Op[..., Any], tuple[Any, ...]]:
     x = torch.randn(1, 333, width, device=CUDA)
     y = torch.randn(1, 333, 3 * width, device=CUDA).to(BF16)[..., width : 2 * width]
     gate, weight, bias = torch.randn(1, 3, 6, width, device=CUDA).unbind(2)[:3]
-    norm = weight, bias, torch.arange(333, device=CUDA) % 3, 1e-6, BF16
+    norm = modulate.Norm(weight, bias, torch.arange(333, device=CUDA) % 3, 1e-6, BF16)
     expand = nn.Linear(width, hidden, device=CUDA, dtype=BF16).requires_grad_(False)
     wide = torch.randn(1, 333, hidden, device=CUDA).to(BF16)
     frames = (
@@ -52,11 +52,11 @@ def cases(width: int, hidden: int) -> dict[Op[..., Any], tuple[Any, ...]]:
     )
     heads = weight[0, 0], grid_table((3, 3, 37), 128, CUDA), width // 128, 1e-6
     return {
-        modulate.layer_norm: (x, *norm),
-        modulate.layer_norm_quantize: (x, *norm),
-        modulate.gated_add: (x, y, gate, norm[2]),
-        modulate.gated_add_norm: (x, y, gate, *norm),
-        modulate.gated_add_norm_quantize: (x, y, None, *norm),
+        modulate.layer_norm: (x, norm),
+        modulate.layer_norm_quantize: (x, norm),
+        modulate.gated_add: (x, y, gate, norm.rows),
+        modulate.gated_add_norm: (x, y, gate, norm),
+        modulate.gated_add_norm_quantize: (x, y, None, norm),
         norms.norm_rotate: (y, *heads),
         norms.norm_rotate_quantize: (y, *heads),
         float8.quantize_rows: (y,),

@@ -22,18 +22,18 @@ Call = Callable[[SimpleNamespace], Any]
 def residual(kernels: SimpleNamespace) -> None:
     x, y = torch.empty(1, 2, 5120), torch.empty(1, 2, 5120, dtype=BF16)
     gate, weight, bias = torch.empty(1, 1, 6, 5120).unbind(2)[:3]
-    kernels.modulate.gated_add_norm(x, y, gate, weight, bias, None, 1e-6, BF16)
+    kernels.modulate.gated_add_norm(x, y, gate, (weight, bias, None, 1e-6, BF16))
 
 
 def residual_by_row(kernels: SimpleNamespace) -> None:
     x, y = torch.empty(1, 2, 3072, dtype=BF16), torch.empty(1, 2, 3072, dtype=BF16)
     gate, weight, bias = torch.empty(1, 2, 6, 3072).unbind(2)[:3]
-    kernels.modulate.gated_add_norm(x, y, gate, weight, bias, torch.tensor([0, 1]), 1e-6, BF16)
+    kernels.modulate.gated_add_norm(x, y, gate, (weight, bias, torch.tensor([0, 1]), 1e-6, BF16))
 
 
 def norm_in_codes(kernels: SimpleNamespace) -> None:
     weight, bias = torch.empty(1, 1, 6, 5120).unbind(2)[:2]
-    kernels.modulate.layer_norm_quantize(torch.empty(1, 2, 5120), weight, bias, None, 1e-6, BF16)
+    kernels.modulate.layer_norm_quantize(torch.empty(1, 2, 5120), (weight, bias, None, 1e-6, BF16))
 
 
 def heads(kernels: SimpleNamespace) -> None:

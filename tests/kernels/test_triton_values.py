@@ -65,10 +65,10 @@ def test_residual_gate_norm_and_modulation(
 ) -> None:
     t, kernels = Tokens(width, dtype, by_row), interpreted.modulate
     for wanted in (torch.float32, BF16):
-        alone = kernels.layer_norm(t.x, t.weight, t.bias, t.rows, 1e-6, wanted)
+        alone = kernels.layer_norm(t.x, (t.weight, t.bias, t.rows, 1e-6, wanted))
         assert alone.dtype == wanted
         held(alone, t.modulated(t.x.double()))
-    x, normed = kernels.gated_add_norm(t.x, t.y, t.gate, t.weight, t.bias, t.rows, 1e-6, BF16)
+    x, normed = kernels.gated_add_norm(t.x, t.y, t.gate, (t.weight, t.bias, t.rows, 1e-6, BF16))
     assert x is t.x and t.nothing_else_was_written()
     held(x, t.summed)
     held(normed, t.modulated(x.double()))
@@ -82,7 +82,7 @@ def test_a_sum_without_a_gate_and_tables_of_one_row_for_all(interpreted: SimpleN
     weight, bias = t.weight[:1], t.bias[:1]
     exact = t.x.double() + t.y.double()
     x, normed = interpreted.modulate.gated_add_norm(
-        t.x, t.y, None, weight, bias, torch.zeros(5, dtype=torch.long), 1e-6, torch.float32
+        t.x, t.y, None, (weight, bias, torch.zeros(5, dtype=torch.long), 1e-6, torch.float32)
     )
     held(x, exact)
     layer_norm = torch.nn.functional.layer_norm(exact, (24,), eps=1e-6)
@@ -93,10 +93,10 @@ def test_a_sum_without_a_gate_and_tables_of_one_row_for_all(interpreted: SimpleN
 def test_norm_and_modulation_in_8_bits(interpreted: SimpleNamespace, width: int, by_row: bool) -> None:
     t = Tokens(width, torch.float32, by_row)
     norm = t.weight, t.bias, t.rows, 1e-6, BF16
-    codes, scale = interpreted.modulate.layer_norm_quantize(t.x, *norm)
+    codes, scale = interpreted.modulate.layer_norm_quantize(t.x, norm)
     assert codes.shape == t.x.shape and scale.shape == (2, 5, 1) and t.nothing_else_was_written()
     held_in_codes(codes, scale, t.modulated(t.x.double()), BF16)
-    x, codes, scale = interpreted.modulate.gated_add_norm_quantize(t.x, t.y, t.gate, *norm)
+    x, codes, scale = interpreted.modulate.gated_add_norm_quantize(t.x, t.y, t.gate, norm)
     held(x, t.summed)
     held_in_codes(codes, scale, t.modulated(t.summed), BF16)
 
@@ -199,9 +199,9 @@ def test_what_a_kernel_is_not_written_for_it_leaves_alone(interpreted: SimpleNam
     table = torch.zeros(1, 1, 8)
     frames = torch.zeros(1, 4, 2, 2, 2)
     for made in (
-        k.modulate.layer_norm(strided, table, table, None, 1e-6),
+        k.modulate.layer_norm(strided, (table, table, None, 1e-6, BF16)),
         k.modulate.gated_add(wide, wide, wide),
-        k.modulate.layer_norm(table.long(), table, table, None, 1e-6),
+        k.modulate.layer_norm(table.long(), (table, table, None, 1e-6, BF16)),
         k.quantize.quantize_rows(wide),
         k.rope.norm_rotate(strided, None, None, 2, 1e-6),
         k.rope.norm_rotate(torch.zeros(1, 2, 8), None, torch.zeros(2, 1, 2, 4).mT, 1, 1e-6),

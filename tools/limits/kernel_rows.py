@@ -33,9 +33,10 @@ class Draw:
     def stream(self) -> Tensor:
         return torch.randn(1, self.tokens, self.dim, device=self.device)
 
-    def tables(self) -> tuple[Tensor, ...]:
-        """Gate, weight and bias of one timestep."""
-        return torch.randn(3, 1, 1, self.dim, device=self.device).unbind(0)
+    def tables(self) -> tuple[Tensor, modulate.Norm]:
+        """Gate, and how what comes next is normed, of one timestep."""
+        gate, weight, bias = torch.randn(3, 1, 1, self.dim, device=self.device)
+        return gate, modulate.Norm(weight, bias, None, 1e-6, BF16)
 
 
 def _joined(draw: Draw) -> tuple[Any, ...]:
@@ -52,15 +53,15 @@ def _joined(draw: Draw) -> tuple[Any, ...]:
 
 
 CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
-    modulate.layer_norm: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 2),
-    modulate.layer_norm_quantize: (lambda draw: (draw.stream(), *draw.tables()[:2], None, 1e-6, BF16), 4 + 1),
+    modulate.layer_norm: (lambda draw: (draw.stream(), draw.tables()[1]), 4 + 2),
+    modulate.layer_norm_quantize: (lambda draw: (draw.stream(), draw.tables()[1]), 4 + 1),
     modulate.gated_add: (lambda draw: (draw.stream(), draw.half(), draw.tables()[0], None), 4 + 2 + 4),
     modulate.gated_add_norm: (
-        lambda draw: (draw.stream(), draw.half(), *draw.tables(), None, 1e-6, BF16),
+        lambda draw: (draw.stream(), draw.half(), *draw.tables()),
         4 + 2 + 4 + 2,
     ),
     modulate.gated_add_norm_quantize: (
-        lambda draw: (draw.stream(), draw.half(), *draw.tables(), None, 1e-6, BF16),
+        lambda draw: (draw.stream(), draw.half(), *draw.tables()),
         4 + 2 + 4 + 1,
     ),
     norms.norm_rotate: (
@@ -90,7 +91,7 @@ CASES: Mapping[Op[..., Any], tuple[Make, int]] = {
 }  # fmt: skip
 """Operation -> its arguments, and bytes per value of a stream that it cannot do without reading or writing."""
 
-OVER_BF16 = (lambda draw: (draw.half(), draw.half(), *draw.tables(), None, 1e-6, BF16), 2 + 2 + 2 + 2)
+OVER_BF16 = (lambda draw: (draw.half(), draw.half(), *draw.tables()), 2 + 2 + 2 + 2)
 """`gated_add_norm` where the residual stream is bfloat16 too."""
 
 UNWRITTEN: Mapping[Op[..., Any], Callable[..., Any]] = {

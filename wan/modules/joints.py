@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wan.engine.ops.float8 import Quantized, all_scaled
 from wan.engine.ops.modulate import (
+    Norm,
     gated_add,
     gated_add_norm,
     gated_add_norm_quantize,
@@ -52,19 +53,19 @@ class Entrance:
         if self.made is not None:
             made, self.made = self.made, None
             return made
-        norm = self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype
+        norm = Norm(self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype)
         if all_scaled(self.layers):
-            return Quantized(*layer_norm_quantize(tokens, *norm), inputs.context.dtype)
-        return layer_norm(tokens, *norm)
+            return Quantized(*layer_norm_quantize(tokens, norm), inputs.context.dtype)
+        return layer_norm(tokens, norm)
 
     def after(self, tokens: Tensor, y: Tensor, gate: Tensor | None, inputs: BlockInputs) -> Tensor:
         """The tokens with y * gate added; what enters here is made in the same pass and kept until it is asked for."""
-        norm = self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype
+        norm = Norm(self.weight, self.bias, inputs.rows, self.eps, inputs.context.dtype)
         if all_scaled(self.layers):
-            tokens, *codes = gated_add_norm_quantize(tokens, y, gate, *norm)
+            tokens, *codes = gated_add_norm_quantize(tokens, y, gate, norm)
             self.made = Quantized(*codes, inputs.context.dtype)
         else:
-            tokens, self.made = gated_add_norm(tokens, y, gate, *norm)
+            tokens, self.made = gated_add_norm(tokens, y, gate, norm)
         return tokens
 
 
