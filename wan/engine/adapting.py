@@ -202,14 +202,14 @@ class Adapted:
             block = self._block_of.get(key)
             parts = _BlockParts() if block is None else self._blocks.setdefault(block, _BlockParts())
             together = all(self._goes_beside(key, delta) for _, delta in mine)
-            if beside := mine if together else [each for each in mine if each[1].behind]:
+            if beside := [each for each in mine if together or each[1].behind]:
                 parts.beside.append(_Beside(self._low_rank(key), beside))
-            if not (mine := [each for each in mine if each not in beside]):
+            if not (rest := [each for each in mine if not (together or each[1].behind)]):
                 continue
             scale = self._tensors.get(f"{key}_scale")
             tensors = (tensor,) if scale is None else (tensor, scale)
             elsewhere = self._early if key in early else self._outside
-            (elsewhere if block is None else parts.patches).append(_Patch(tensors, mine))
+            (elsewhere if block is None else parts.patches).append(_Patch(tensors, rest))
 
     def _goes_beside(self, key: str, delta: Delta) -> bool:
         return not self.dense and delta.down is not None and key in self._block_of and key.endswith(".weight")
