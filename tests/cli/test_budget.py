@@ -128,18 +128,17 @@ def test_flags_win_over_the_budget_and_the_budget_over_the_preset() -> None:
 
 
 def test_weights_in_8_bits_are_chosen_by_name_alone_and_kept_where_a_preset_says_them(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any,
 ) -> None:
-    monkeypatch.setattr(f"{__name__}.SMALL", ["--task", "t2v-14B", *SMALL[2:]])
-    tight = ["--vram_budget", "4.6GB"]
+    tight, large = ["--vram_budget", "4.6GB"], ["--task", "t2v-14B", *SMALL[2:]]
     with pytest.raises(IncompatibleOptions, match="Give --vram_budget 5"):
-        planned(*tight)
-    allowed = planned(*tight, "--fp8", "auto")[0]
+        planned(*tight, words=large)
+    allowed = planned(*tight, "--fp8", "auto", words=large)[0]
     assert allowed.values()["fp8"] == "weight" and allowed.reasons["fp8"].startswith("budget: ")
-    assert "fp8" not in planned("--vram_budget", "32GB")[0].reasons
+    assert "fp8" not in planned("--vram_budget", "32GB", words=large)[0].reasons
     preset = tmp_path / "mine.toml"
     preset.write_text('fp8 = "scaled"\n')
-    plan, found, _ = planned("--vram_budget", "32GB", "--preset", str(preset))
+    plan, found, _ = planned("--vram_budget", "32GB", "--preset", str(preset), words=large)
     assert plan.values()["fp8"] == found.values["fp8"] == "scaled"
     assert plan.reasons["fp8"] == "preset mine"
 
