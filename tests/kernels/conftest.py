@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +54,17 @@ def narrowed(values: np.ndarray, given: Any, wanted: Any, rounding: Any) -> np.n
     return numbers.to(types[wanted.name]).view(bits).numpy().reshape(values.shape)
 
 
+@contextmanager
+def restored(*owners: Any) -> Iterator[None]:
+    """What is in these modules and classes is put back: the interpreter leaves its own behind in Triton's language."""
+    before = [dict(vars(owner)) for owner in owners]
+    yield
+    for owner, was in zip(owners, before, strict=True):
+        for name, value in was.items():
+            if vars(owner)[name] is not value:
+                setattr(owner, name, value)
+
+
 @pytest.fixture
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The kernels in Triton's interpreter, on CPU tensors; new tensors are full of NaN.
@@ -61,8 +72,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     The interpreter cuts off what a card rounds to the nearest (bfloat16), or carries wrongly (e4m3): that one function
     is replaced.
     """
-    with imported(interpret=True) as sources, torch.inference_mode(), np.errstate(over="ignore"):
+    with imported(interpret=True) as sources, torch.inference_mode(), np.errstate(over="ignore"), ExitStack() as after:
         interpreter, language = import_module("triton.runtime.interpreter"), import_module("triton.language")
+        after.enter_context(restored(language, language.core, language.math, language.standard, language.tensor))
         for module in (language, language.standard):  # Triton's own functions were made for the compiler
             for name, value in list(vars(module).items()):
                 if isinstance(value, import_module("triton.runtime.jit").JITFunction):
