@@ -49,14 +49,6 @@ class Budget:
             torch.cuda.set_per_process_memory_fraction(share, hardware.device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Imagined(Hardware):
-    """A card that is not here, for a look at what would be chosen on it."""
-
-    def __str__(self) -> str:
-        return f"{self.name}, which is not here"
-
-
 def imagined(args: argparse.Namespace, here: Hardware) -> Hardware:
     """`here`; or, where only a look at a budget is asked for and no GPU is here, a card that has it.
 
@@ -68,7 +60,9 @@ def imagined(args: argparse.Namespace, here: Hardware) -> Hardware:
     sheet = named if named is not None and named.memory >= args.vram_budget else card_for(args.vram_budget)
     sm = next(card.sm for card in CARDS if card.sheet == sheet.name)
     memory = max(sheet.memory, args.vram_budget)  # a card sold with 24 GB has a little less
-    return Imagined(device=torch.device("cuda"), name=sheet.name, sm=sm, total_memory=memory, free_memory=memory)
+    return Hardware(
+        device=torch.device("cuda"), name=sheet.name, sm=sm, total_memory=memory, free_memory=memory, here=False
+    )
 
 
 def budget_of(args: argparse.Namespace, hardware: Hardware, preset: str, reserved: int | None = None) -> Budget | None:
@@ -203,7 +197,7 @@ def _planner(
 ) -> Planner:
     """What chooses among the options `names`, of which `pinned` stay; all others are as in `plan`."""
     wishes = Wishes(
-        available=frozenset(names), pinned=pinned, ram=None if isinstance(hardware, Imagined) else available_ram(),
+        available=frozenset(names), pinned=pinned, ram=available_ram() if hardware.here else None,
         others={name: value for name, value in plan.values().items() if name in PLAIN},
     )  # fmt: skip
     return Planner(models_for(wanted, plan), video or video_of(wanted, plan), card, wishes)

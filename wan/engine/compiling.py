@@ -30,7 +30,7 @@ class Compiled(Optimization):
             return
         if hardware.is_cuda and hardware.sm < (7, 0):
             raise UnsupportedHardware(f"{flag} needs sm_70 or newer, this is {hardware}. Use {_off(flag)}.")
-        if hardware.is_cuda and importlib.util.find_spec("triton") is None:
+        if hardware.is_cuda and hardware.here and importlib.util.find_spec("triton") is None:
             raise MissingPackage(f"{flag} needs the package triton, which is not installed: pip install triton")
         if not hardware.is_cuda and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))):
             raise MissingPackage(f"{flag} on a CPU needs a C++ compiler and none is on the PATH. Use {_off(flag)}.")

@@ -19,14 +19,16 @@ class Hardware:
     free_memory: int = 0
     rank: int = 0
     world_size: int = 1
+    here: bool = True
+    """False for a card that is only looked at: what is installed on its machine is not known."""
 
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     def __str__(self) -> str:
-        if not self.is_cuda:
-            return self.name
+        if not self.is_cuda or not self.here:
+            return self.name if self.here else f"{self.name}, which is not here"
         free, total = self.free_memory / 2**30, self.total_memory / 2**30
         return f"{self.name} (sm_{self.sm[0]}{self.sm[1]}, {free:.1f} of {total:.1f} GiB free)"
 
