@@ -85,34 +85,42 @@ def optimizations_page() -> str:
 
 
 def measured() -> list[str]:
-    """What the survey of the demo model found, and what it did not look at."""
-    path = ROOT / "docs" / "benchmarks" / "quality-t2v-demo.json"
-    if not path.is_file():
+    """What the surveys of the demo model found, those of most prompts first, and what none of them looked at."""
+    paths = (ROOT / "docs" / "benchmarks").glob("quality-t2v-demo*.json")
+    surveys = [(path, json.loads(path.read_text(encoding="utf-8"))["rows"]) for path in sorted(paths)]
+    if not surveys:
         return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    rows, seen = found["rows"], {row["variant"] for row in found["rows"] if row["runs"]}
-    count = max(row["runs"] for row in rows)
-    missing = [
-        case.label for case in cases_of(registry(), task="t2v-demo", trained=33, cuda=True) if case.label not in seen
-    ]
+    surveys.sort(key=lambda survey: -max(row["runs"] for row in survey[1]))
+    seen = {row["variant"] for _, rows in surveys for row in rows if row["runs"]}
+    asked = [case.label for case in cases_of(registry(), task="t2v-demo", trained=33, cuda=True)]
+    missing = ", ".join(f"`{label}`" for label in asked if label not in seen)
     return [
         "",
         "## Measured on the demo model",
         "",
-        f"Demo numbers: {count} prompts, {rows[0]['frames']} frames of {rows[0]['size']}, {rows[0]['steps']} steps, on",
-        f"{rows[0]['hardware']}, commit {found['commit']}; the whole survey is 400 prompts. A small model on easy",
-        "pictures: read the order, not the numbers, into other checkpoints, and measure yours with",
-        "`benchmark_t2v.py --mode quality`. What the columns are: [benchmarks](benchmarks/README.md#quality); where",
-        "zero lies within the interval of a difference none was seen. Everything that was recorded:",
-        "[quality-t2v-demo.json](benchmarks/quality-t2v-demo.json).",
+        "A small model on easy pictures: read the order, not the numbers, into other checkpoints, and measure yours with",
+        "`benchmark_t2v.py --mode quality`. What the columns are: [benchmarks](benchmarks/README.md#quality); where zero",
+        "lies within the interval of a difference none was seen.",
+        *(line for path, _ in surveys for line in survey_lines(path)),
+        "",
+        f"Not measured: {missing}." if missing else "No row is missing.",
+    ]
+
+
+def survey_lines(path: Path) -> list[str]:
+    """One survey: how it was made, its table, its picture."""
+    found, place = json.loads(path.read_text(encoding="utf-8")), path.relative_to(ROOT / "docs")
+    rows = found["rows"]
+    return [
+        "",
+        f"{max(row['runs'] for row in rows)} prompts, {rows[0]['frames']} frames of {rows[0]['size']}, {rows[0]['steps']} steps,",
+        f"{rows[0]['hardware']}, commit {found['commit']}; everything that was recorded: [{path.name}]({place.as_posix()}).",
         "",
         *summary.markdown(rows),
         "",
         *(f"`--quality {row['quality']}` is `{row['variant']}`." for row in rows if row["quality"]),
         "",
-        f"Not in it yet: {', '.join(f'`{label}`' for label in missing)}." if missing else "All rows are in it.",
-        "",
-        f"![One clip of each row]({path.relative_to(ROOT / 'docs').with_suffix('.png').as_posix()})",
+        f"![One clip of each row]({place.with_suffix('.png').as_posix()})",
     ]
 
 
