@@ -98,9 +98,9 @@ def measured() -> list[str]:
         "",
         "## Measured on the demo model",
         "",
-        "A small model on easy pictures: read the order, not the numbers, into other checkpoints, and measure yours with",
-        "`benchmark_t2v.py --mode quality`. What the columns are: [benchmarks](benchmarks/README.md#quality); where zero",
-        "lies within the interval of a difference none was seen.",
+        "A small model on easy pictures: read the order, not the numbers, into other checkpoints, and measure",
+        "yours with `benchmark_t2v.py --mode quality`. What columns are: [benchmarks](benchmarks/README.md#quality);",
+        "where zero lies within the interval of a difference none was seen.",
         *(line for path, _ in surveys for line in survey_lines(path)),
         "",
         f"Not measured: {missing}." if missing else "No row is missing.",
@@ -110,11 +110,11 @@ def measured() -> list[str]:
 def survey_lines(path: Path) -> list[str]:
     """One survey: how it was made, its table, its picture."""
     found, place = json.loads(path.read_text(encoding="utf-8")), path.relative_to(ROOT / "docs")
-    rows = found["rows"]
+    rows, plain = found["rows"], found["rows"][0]
     return [
         "",
-        f"{max(row['runs'] for row in rows)} prompts, {rows[0]['frames']} frames of {rows[0]['size']}, {rows[0]['steps']} steps,",
-        f"{rows[0]['hardware']}, commit {found['commit']}; everything that was recorded: [{path.name}]({place.as_posix()}).",
+        f"{max(row['runs'] for row in rows)} prompts of {plain['frames']} frames, {plain['size']}, {plain['steps']} steps,",
+        f"{plain['hardware']}, commit {found['commit']}; all that was recorded: [{path.name}]({place.as_posix()}).",
         "",
         *summary.markdown(rows),
         "",
