@@ -113,7 +113,7 @@ def survey_lines(path: Path) -> list[str]:
     rows, plain = found["rows"], found["rows"][0]
     return [
         "",
-        f"{max(row['runs'] for row in rows)} prompts, {plain['frames']} frames, {plain['size']}, {plain['steps']} steps,",
+        f"{max(row['runs'] for row in rows)} clips, {plain['frames']} frames, {plain['size']}, {plain['steps']} steps,",
         f"{plain['hardware']}, commit {found['commit']}; all that was recorded: [{path.name}]({place.as_posix()}).",
         "",
         *summary.markdown(rows),
