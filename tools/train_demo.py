@@ -8,6 +8,7 @@
     python tools/train_demo.py evaluate-i2v --folder demo  measure that
     python tools/train_demo.py few_step --folder demo      distil them into LoRAs for four steps (demo/few_step/)
     python tools/train_demo.py evaluate-few_step --folder demo     measure that
+    python tools/train_demo.py frames --folder demo        draw demo/frames.png
     python tools/train_demo.py all --smoke --work /tmp/x   every stage for a few seconds, to see that it runs
 
 Stages are scheduled by wall clock, so a slower machine gives a weaker model, not a longer run; `--scale 2` doubles
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +188,13 @@ def evaluate_few_step(folder: Path, clips: int, split: str, seed: int) -> None:
         write_into(folder / "few_step" / "README.md", result, measure.table(result))
 
 
+def frames(folder: Path) -> None:
+    """The picture of README, in the checkpoint's own folder."""
+    from demo.frames import draw
+
+    draw(folder, folder / "frames.png")
+
+
 def go_on(args: argparse.Namespace, folder: Path) -> tuple[tuple[str, ...], Path]:
     """Train on the checkpoint in `folder`; the stages that are left then, and the folder they are for."""
     from demo.export import EXPERTS, export_adapters, read_back
@@ -208,7 +217,7 @@ def go_on(args: argparse.Namespace, folder: Path) -> tuple[tuple[str, ...], Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    later = ("resume", "i2v", "evaluate-i2v", "few_step", "evaluate-few_step")
+    later = ("resume", "i2v", "evaluate-i2v", "few_step", "evaluate-few_step", "frames")
     parser.add_argument("stage", choices=(*STAGES, "all", *later))
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="where stages leave their weights")
     parser.add_argument("--folder", type=Path, help="checkpoint folder to write or to measure (default: WORK/demo)")
@@ -224,23 +233,20 @@ def main() -> None:
     stages = STAGES if args.stage == "all" else (args.stage,)
     if args.stage in ("resume", "i2v", "few_step") or (args.stage == "phrases" and args.folder):
         stages, folder = go_on(args, folder)
+    work, rest = args.work, (args.work, args.scale, args.smoke)
+    run: dict[str, Callable[[], None]] = {
+        "vae": lambda: train_vae(*rest),
+        "base": lambda: train_base(*rest),
+        "experts": lambda: train_experts(*rest),
+        "phrases": lambda: train_phrases(*rest),
+        "export": lambda: export(work, folder),
+        "evaluate": lambda: evaluate(folder, clips, args.split, args.seed, work / "results.json"),
+        "evaluate-i2v": lambda: evaluate_i2v(folder, clips, args.split, args.seed),
+        "evaluate-few_step": lambda: evaluate_few_step(folder, clips, args.split, args.seed),
+        "frames": lambda: frames(folder),
+    }
     for stage in stages:
-        if stage == "vae":
-            train_vae(args.work, args.scale, args.smoke)
-        elif stage == "base":
-            train_base(args.work, args.scale, args.smoke)
-        elif stage == "experts":
-            train_experts(args.work, args.scale, args.smoke)
-        elif stage == "phrases":
-            train_phrases(args.work, args.scale, args.smoke)
-        elif stage == "export":
-            export(args.work, folder)
-        elif stage == "evaluate":
-            evaluate(folder, clips, args.split, args.seed, args.work / "results.json")
-        elif stage == "evaluate-i2v":
-            evaluate_i2v(folder, clips, args.split, args.seed)
-        else:
-            evaluate_few_step(folder, clips, args.split, args.seed)
+        run[stage]()
 
 
 if __name__ == "__main__":
