@@ -321,6 +321,7 @@ def test_the_lines_of_a_file_are_extended_by_one_model_each_with_its_own_seed(
     assert record(Path("out/a_dog,_long.png"))["prompt_extension"]["prompt"] == "a dog"
 
 
+@pytest.mark.slow
 def test_a_queue_started_again_asks_only_for_what_is_not_made(
     queue: Callable[..., list[str]], writer: type[Writer], capsys: Any
 ) -> None:
@@ -333,6 +334,7 @@ def test_a_queue_started_again_asks_only_for_what_is_not_made(
     assert Path("out/a_fox.png").is_file()  # not asked for before: another video
 
 
+@pytest.mark.slow
 def test_a_job_of_a_queue_goes_on_with_the_prompt_it_began_with(
     queue: Callable[..., list[str]], writer: type[Writer]
 ) -> None:

@@ -490,6 +490,7 @@ def test_a_hub_that_is_away_is_replaced_by_a_complete_copy(hub: Hub, caplog: pyt
 # The whole program ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_video_from_a_repository_by_name_in_a_process_of_its_own(hub: Hub, root: Path, tmp_path: Path) -> None:
     demo = root / "demo"
     if not (demo / "high_noise_model" / "config.json").is_file():

@@ -158,6 +158,7 @@ def least_bytes(models: Models, video: Video) -> list[int]:
     return [min(predictor.predict(rival | rows).peak_bytes for rows in ROWS) for rival in RIVALS]
 
 
+@pytest.mark.slow
 def test_a_turned_picture_costs_the_same() -> None:
     models, video = next(case for case in cases() if case[1].width != case[1].height)
     turned = dataclasses.replace(video, width=video.height, height=video.width)

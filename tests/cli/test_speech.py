@@ -112,6 +112,7 @@ def test_the_task_is_read_from_the_checkpoint_and_repeated_from_the_record(talk:
     assert "--audio is another file now" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_kept_latents_of_all_clips_are_decoded_again(talk: list[str], capsys: Any) -> None:
     assert main([*talk, "--save_file", "a.mp4", "--keep_latents"]) == 0
     kept = sorted(path.name for path in Path().glob("*.safetensors"))
@@ -163,6 +164,7 @@ def refused(arguments: list[str], message: str, capsys: Any) -> None:
     assert not list(Path().glob("*.mp4*")) and not re.search("^load ", err, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_optimised_program_makes_it_too(talk: list[str], programs_agree: Callable[[list[str]], None]) -> None:
     programs_agree([*talk, "--num_clip", "1"])
 

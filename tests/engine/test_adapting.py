@@ -76,8 +76,9 @@ def distance(a: Tensor, b: Tensor) -> float:
     [
         ({}, 1e-5),
         ({"param_dtype": "bfloat16"}, 2e-2),
-        ({"compile": True, "use_batched_cfg": True, "block_swap": 1}, 1e-5),
-        ({"fp8": "weight", "block_swap": 1, "compile": True}, 0.04),
+        ({"use_batched_cfg": True, "block_swap": 1}, 1e-5),
+        pytest.param({"compile": True, "use_batched_cfg": True, "block_swap": 1}, 1e-5, marks=pytest.mark.slow),
+        pytest.param({"fp8": "weight", "block_swap": 1, "compile": True}, 0.04, marks=pytest.mark.slow),
         ({"fp8": "scaled"}, 0.06),
     ],
     ids=str,

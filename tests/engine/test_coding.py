@@ -34,10 +34,10 @@ def cut(tile: int | None) -> tuple[Tiling | None, Tile | None]:
 
 CASES: list[Any] = [
     (VAE_2_1, (480, 832), None, torch.float32),
-    (VAE_2_1, (480, 832), 32, torch.float32),
+    pytest.param(VAE_2_1, (480, 832), 32, torch.float32, marks=pytest.mark.slow),
     (VAE_2_1, (720, 1280), 64, torch.bfloat16),
     (VAE_2_2, (704, 1280), None, torch.bfloat16),
-    (VAE_2_2, (704, 1280), 32, torch.float32),
+    pytest.param(VAE_2_2, (704, 1280), 32, torch.float32, marks=pytest.mark.slow),
 ]
 
 

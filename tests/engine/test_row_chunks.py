@@ -93,6 +93,7 @@ def test_more_rows_than_tokens_are_all_of_them() -> None:
     torch.testing.assert_close(forward(dit, condition, latents, timestep), plain, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_blocks_in_rows_compile_whole_and_agree() -> None:
     dit, condition = model("text")
     latents, timestep = torch.randn(2, 16, 3, 4, 6), torch.tensor([500.0, 20.0])

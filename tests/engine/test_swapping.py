@@ -268,6 +268,7 @@ def test_swapped_blocks_stay_when_the_rest_of_the_network_moves_and_slots_go_wit
     assert moved == set(map(id, tensors_of(model))) - set(map(id, swap.tensors()))
 
 
+@pytest.mark.slow
 def test_compiled_blocks_are_not_compiled_again_for_another_slot() -> None:
     model = plain()
     blocks, inner = model.all_blocks(), model.run_block

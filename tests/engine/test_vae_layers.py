@@ -176,6 +176,7 @@ def test_frames_are_never_laid_out_as_if_they_were_one_image(name: str) -> None:
 # Compiled ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("2.1", ()), ("2.2", ALL)], ids=["2.1", "2.2 with every other option"])
 def test_compiled_without_a_break_twice_a_stage_it_is_the_same(
     name: str, options: tuple[Optimization, ...], monkeypatch: pytest.MonkeyPatch

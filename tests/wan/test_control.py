@@ -127,7 +127,7 @@ def test_what_is_not_of_one_size_is_refused(vae: WanVAEModel, changed: dict[str,
         control_latents(vae, given["frames"], given["mask"], given["refs"], (9, 16, 32))
 
 
-@pytest.mark.parametrize("references", [0, 4])
+@pytest.mark.parametrize("references", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_no_more_pixels_are_held_than_the_vae_takes_at_once(vae: WanVAEModel, references: int) -> None:
     """A long video that is made while it is read: at no moment are two pieces of it alive, references or not."""
     import gc

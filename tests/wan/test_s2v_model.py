@@ -184,6 +184,7 @@ def test_what_does_not_change_is_computed_once(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(first, later)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_listening_blocks_run_where_they_act_and_can_be_compiled() -> None:
     model, values = tiny(), given()

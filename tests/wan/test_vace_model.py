@@ -209,6 +209,7 @@ def test_blocks_run_in_turn_and_one_hint_lives_at_a_time() -> None:
     assert most == 0, "a hint outlived the block it was added after"
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_blocks_compile_whole_and_agree() -> None:
     model, x, cond, t = tiny(), latents(), condition(), torch.tensor([500.0])

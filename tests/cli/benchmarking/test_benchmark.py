@@ -52,6 +52,7 @@ def benchmark_variant(name: str) -> Any:
     return Variant(name=name, dtype="float32")
 
 
+@pytest.mark.slow
 def test_the_tiny_matrix_is_measured_from_prompt_to_frames(tiny_checkpoint: Path, here: Any, tmp_path: Path) -> None:
     """Real pipelines, here: stages and parts of them sum up, batched guidance makes the same picture up to rounding."""
     path = tmp_path / "tiny.toml"

@@ -356,6 +356,7 @@ def peak_ratios(folder: Path, cases: list[Case], root: Path) -> list[float]:
     return [float(line) for line in output.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures peak memory through /proc")
 def test_loading_never_holds_two_copies(tmp_path: Path, root: Path) -> None:
     """At most 1.15 times the larger of file and network; 64 tensors of 2 to 4 MiB, so one tensor more is 3 %."""

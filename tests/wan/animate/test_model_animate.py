@@ -269,6 +269,7 @@ def test_a_window_of_latent_frames_takes_its_part_of_pose_and_face() -> None:
     assert part.image is given.condition().image or torch.equal(part.image, given.image)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_blocks_compile_whole_and_agree() -> None:
     model, given = tiny(num_layers=2), Given.random(1)

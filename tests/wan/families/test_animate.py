@@ -406,6 +406,7 @@ def test_what_cannot_be_done_is_refused_before_weights(
     assert not Path("out.mp4").exists()
 
 
+@pytest.mark.slow
 def test_the_optimised_program_makes_it_too(command: list[str], programs_agree: Callable[[list[str]], None]) -> None:
     programs_agree(command)
 

@@ -272,7 +272,7 @@ def test_program_makes_a_video_of_the_right_size(
     assert (found.width, found.height, found.frames) == (*size, frames)
 
 
-@pytest.mark.parametrize("task", ["i2v-A14B", "flf2v-14B"])
+@pytest.mark.parametrize("task", ["i2v-A14B", pytest.param("flf2v-14B", marks=pytest.mark.slow)])
 def test_optimised_program_makes_it_too(
     task: str, run: Callable[..., int], checkpoints: dict[str, Path], programs_agree: Callable[[list[str]], None]
 ) -> None:

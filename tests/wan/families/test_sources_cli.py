@@ -91,6 +91,7 @@ def test_ti2v_makes_video_from_a_text(ti2v: list[str]) -> None:
     assert made() == ("64x32", 5, 24)
 
 
+@pytest.mark.slow
 def test_optimised_program_makes_them_too(
     ti2v: list[str], vace: list[str], programs_agree: Callable[[list[str]], None]
 ) -> None:
