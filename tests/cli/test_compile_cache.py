@@ -49,6 +49,9 @@ def test_compiled_code_serves_the_next_prompt_and_the_next_process(
     assert len(made) == 2 and again == made
 
 
+# After such an error Dynamo 2.13 leaves its frame evaluation installed for the process; calls then hold their arguments
+# until they return, and what counts live tensors would count more of them.
+@pytest.mark.slow
 def test_a_graph_break_is_an_error_and_not_a_slow_video(
     tiny_checkpoint: Path, tiny_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
