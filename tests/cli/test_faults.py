@@ -106,7 +106,7 @@ def rows() -> Iterator[Any]:
         met.add(row.fault)
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("row", list(rows()))
 def test_fault(row: Row, driver: Driver, straight: dict[str, str], tmp_path: Path) -> None:
     case = Case(row, driver, tmp_path)
     ended = case.struck()
