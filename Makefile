@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PROMPT ?= a big red circle moves to the right
+PROMPT ?= a big yellow triangle moves to the right on a gray dotted background
 OUT ?= results/demo.mp4
 
 # Two threads that wait by sleeping: spinning barriers cost 100x when anything else runs.
