@@ -32,7 +32,7 @@ EXAMPLE_PROMPTS = {
     "vace": "A red fox trots through fresh snow at dawn, its breath steaming, while the camera glides along beside it.",
     "s2v": "A person looks into the camera and speaks, calm and lively, with natural movements of head and hands.",
     "t2i": "A lighthouse on a basalt cliff under a clearing storm, warm light in its windows, painted in oils.",
-    DEMO: "a big red circle moves to the right",
+    DEMO: "a big yellow triangle moves to the right on a gray dotted background",
     "i2v-demo": "it moves slowly to the right",
 }
 
