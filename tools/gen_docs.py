@@ -92,7 +92,7 @@ def measured() -> list[str]:
         return []
     surveys.sort(key=lambda survey: -max(row["runs"] for row in survey[1]))
     seen = {row["variant"] for _, rows in surveys for row in rows if row["runs"]}
-    asked = [case.label for case in cases_of(registry(), task="t2v-demo", trained=33, cuda=True)]
+    asked = [case.label for case in cases_of(registry(), trained=33, cuda=True)]
     missing = ", ".join(f"`{label}`" for label in asked if label not in seen)
     return [
         "",

@@ -129,7 +129,7 @@ class _Inquiry:
         trained = wanted.config.frame_num
         if self.own.cases in groups():
             return group_of(self.own.cases, self.registry, trained=trained)
-        every = cases_of(self.registry, task=self.args.task, trained=trained, cuda=hardware.is_cuda)
+        every = cases_of(self.registry, trained=trained, cuda=hardware.is_cuda)
         return chosen(self.own.cases, every), None
 
     def _prompts(self) -> tuple[list[Asked], list[Mapping[str, str | None]] | None]:

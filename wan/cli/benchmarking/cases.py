@@ -42,9 +42,9 @@ class Case:
         return [word for name, value in self.values.items() for word in _spelled(name, value, options)]
 
 
-def cases_of(registry: Sequence[type[Optimization]], *, task: str, trained: int, cuda: bool) -> list[Case]:
+def cases_of(registry: Sequence[type[Optimization]], *, trained: int, cuda: bool) -> list[Case]:
     """One for each row of a video of the trained length, the sets last."""
-    table = _table() | {"tried": [row for row in _table()["tried"] if row.get("only", task) == task]}
+    table = _table()
     rows = [row for kind in registry if cuda or kind.__name__ not in table["cuda"] for row in _rows(kind, table)]
     cases = {case.label: case for row in rows if (case := make_case(row, registry, trained))}
     for name in SETS:
@@ -106,7 +106,7 @@ def _rows(kind: type[Optimization], table: Mapping[str, Any]) -> Iterator[dict[s
     if kind.grade == "bitwise" or kind.__name__ in table["left_out"]:
         return
     switch, names = options_of(kind)[0], {o.name for o in options_of(kind)}
-    written = [rest for row in table["tried"] if set(rest := {k: v for k, v in row.items() if k != "only"}) <= names]
+    written = [row for row in table["tried"] if set(row) <= names]
     replaced = switch.is_switch and any(switch.name in row for row in written)
     yield from [] if replaced else _own_values(switch)
     yield from written
