@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wan.runs import write_whole
+
 
 def write(path: Path, data: Any) -> None:
     """`data` as JSON, whole or as it was before: never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_whole(path, (json.dumps(data, indent=1) + "\n").encode())

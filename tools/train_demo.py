@@ -87,7 +87,7 @@ def train_phrases(work: Path, scale: float, smoke: bool) -> None:
     """The text encoder alone, on phrases whose meaning is in the order of their words."""
     from demo.phrases import PhraseTraining, train_phrases
 
-    train_phrases(PhraseTraining(seconds=1.0 if smoke else 120 * scale), work)
+    train_phrases(PhraseTraining(seconds=1.0 if smoke else 300 * scale), work)
 
 
 def train_i2v(work: Path, scale: float, smoke: bool) -> None:

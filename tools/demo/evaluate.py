@@ -54,21 +54,31 @@ def drawn(split: str, numbers: Iterable[int], seed: int) -> Iterator[tuple[int, 
         yield number, rng, scenes.random_scene(rng, combos[number % len(combos)])
 
 
+def sampled(pipe: Any, prompt: str, seed: int, **other: Any) -> Tensor:
+    """A clip [3, 33, 96, 96] of the text-to-video demo, with its task's settings where `other` says none."""
+    from wan.configs import WAN_CONFIGS
+
+    config = WAN_CONFIGS["t2v-demo"]
+    settings = {
+        "size": (scenes.SIDE, scenes.SIDE), "frame_num": scenes.FRAMES, "shift": config.sample_shift,
+        "sampling_steps": config.sample_steps, "guide_scale": config.sample_guide_scale,
+    }  # fmt: skip
+    video: Tensor = pipe.generate(prompt, seed=seed, **settings | other)
+    return video
+
+
 def _share(folder: str, split: str, numbers: list[int], seed: int, guide_scale: float | None) -> list[dict[str, Any]]:
     import wan
     from wan.configs import WAN_CONFIGS
 
     torch.set_num_threads(1)
     config = WAN_CONFIGS["t2v-demo"]
-    scale = config.sample_guide_scale if guide_scale is None else guide_scale
+    scale = {} if guide_scale is None else {"guide_scale": guide_scale}
     pipe = wan.WanT2V(config, folder, device="cpu")
     found = []
     for number, rng, scene in drawn(split, numbers, seed):
         prompt = scenes.caption(scene, rng, complete=True)
-        video = pipe.generate(
-            prompt, size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES,
-            shift=config.sample_shift, sampling_steps=config.sample_steps, guide_scale=scale, seed=number,
-        )  # fmt: skip
+        video = sampled(pipe, prompt, number, **scale)
         truth = scenes.render([scene])[0]
         with torch.no_grad():
             rebuilt = pipe.vae.decode(pipe.vae.encode([truth]))[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import scenes
-from .evaluate import cell, drawn, in_two, summary, verdict
+from .evaluate import cell, drawn, in_two, sampled, summary, verdict
 
 LABELS = {
     "plain": "20 steps, guided",
@@ -51,10 +51,7 @@ def _share(folder: str, split: str, numbers: list[int], seed: int) -> list[dict[
         prompt, entry, clips = scenes.caption(scene, rng, complete=True), {}, {}
         for row, (pipe, steps) in ways.items():
             begun = time.monotonic()
-            clips[row] = pipe.generate(
-                prompt, size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES, shift=config.sample_shift,
-                sampling_steps=steps, guide_scale=config.sample_guide_scale, seed=number,
-            )  # fmt: skip
+            clips[row] = sampled(pipe, prompt, number, sampling_steps=steps)
             took = time.monotonic() - begun
             forwards = sum(each.done.total() for each in pipe.report.forwards)
             likeness = psnr(clips[row], clips["plain"])

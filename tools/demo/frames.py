@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import scenes
+from .evaluate import sampled
 
 PROMPTS = (
     "a large red circle moves slowly to the right on a black striped background",
@@ -23,14 +24,11 @@ def draw(folder: Path, out: Path, seed: int = 42) -> None:
     import wan
     from wan.configs import WAN_CONFIGS
 
-    config, side = WAN_CONFIGS["t2v-demo"], scenes.SIDE + GAP
-    pipe = wan.WanT2V(config, str(folder), device="cpu")
+    side = scenes.SIDE + GAP
+    pipe = wan.WanT2V(WAN_CONFIGS["t2v-demo"], str(folder), device="cpu")
     sheet = Image.new("RGB", (len(SHOWN) * side - GAP, len(PROMPTS) * side - GAP), "white")
     for row, prompt in enumerate(PROMPTS):
-        clip = pipe.generate(
-            prompt, size=(scenes.SIDE, scenes.SIDE), frame_num=scenes.FRAMES, shift=config.sample_shift,
-            sampling_steps=config.sample_steps, guide_scale=config.sample_guide_scale, seed=seed,
-        )  # fmt: skip
+        clip = sampled(pipe, prompt, seed)
         for column, number in enumerate(SHOWN):
             sheet.paste(scenes.picture(clip[:, number]), (column * side, row * side))
     sheet.resize((sheet.width * ENLARGED, sheet.height * ENLARGED), Image.Resampling.NEAREST).save(out, optimize=True)

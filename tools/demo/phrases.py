@@ -31,7 +31,7 @@ STANDS_FOR = (0, 1, 0, 2)
 class PhraseTraining:
     """One batch holds `batch` roundabout captions and as many of any kind."""
 
-    seconds: float = 120.0
+    seconds: float = 300.0
     batch: int = 32
     rate: float = 2e-3  # AdamW, falling linearly to zero
     place_rate: float = 2e-2  # the tables of places start out nearly flat

@@ -32,7 +32,8 @@ class Tile(NamedTuple):
 
 
 DECODE_PIXELS = 8192
-"""Latent pixels decoded at a time, as `wan.engine.decoding` has it."""
+"""Latent pixels decoded at a time, where nothing says how many frames: small videos go in one piece, which is several
+times faster on a CPU; at 480p it is one latent frame, as upstream. The VAE's result does not depend on it."""
 
 
 def latent(net: VAE, size: Size) -> Size:

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 
 from wan.engine.accounting import Report
 from wan.engine.attempts import Attempt, attempts, first_that_fits
+from wan.engine.coding import DECODE_PIXELS
 from wan.engine.errors import NonFinite
 from wan.engine.types import Progress, Shot, Sink, Tiling
-
-# Latent pixels decoded at a time: small videos go in one piece, which is several times faster on a CPU; at 480p it
-# is one latent frame, as upstream. The VAE's result does not depend on it.
-DECODE_PIXELS = 8192
 
 
 class Decoder(Protocol):
